@@ -1,0 +1,42 @@
+# EdgeWarden. `make help` lists the targets; each does the set-up that it needs.
+SHELL := /bin/bash
+VENV := .cache/venv/bin
+export PATH := $(CURDIR)/.cache/bin:$(PATH)
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup opa oms test lint format lock clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: ## Install what everything else needs (asks before it installs Debian packages)
+	@tools/setup
+
+opa: setup ## Find or build the OPA binary
+	@tools/setup opa
+
+oms: setup
+	@tools/setup oms
+
+test: setup opa oms ## Run all tests
+	$(VENV)/pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	opa test -b rego policies
+
+lint: setup ## Check format, style, types and the import rule
+	$(VENV)/ruff format --check .
+	$(VENV)/ruff check .
+	$(VENV)/mypy
+	$(VENV)/lint-imports
+
+format: setup ## Rewrite the code in the project's format
+	$(VENV)/ruff format .
+	$(VENV)/ruff check --fix .
+
+lock: ## Write the lock files again (needs uv)
+	uv pip compile -q pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url -o requirements/dev.lock
+	uv pip compile -q requirements/assets.in --no-deps --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url -o requirements/assets.lock
+	uv pip compile -q requirements/oms.in --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url -o requirements/oms.lock
+
+clean: ## Remove everything that the targets made
+	rm -rf .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""Measurement, Evidence and its appraisal."""

@@ -1,0 +1,1 @@
+"""The Merkle audit log: pure tree, segments on disk, group commit."""

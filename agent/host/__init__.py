@@ -1,0 +1,1 @@
+"""What the agent sees and tells of its machine."""

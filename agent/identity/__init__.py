@@ -1,0 +1,1 @@
+"""From a TLS peer or a token to a Principal."""

@@ -1,0 +1,1 @@
+"""Model packages, their verification, and the sessions that run them."""

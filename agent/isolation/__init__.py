@@ -1,0 +1,1 @@
+"""Processes with one job each: the zygote that forks them, the sandbox that confines them, the channels between."""
