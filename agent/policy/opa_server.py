@@ -6,7 +6,8 @@ Rules:
    for the bundle nor for key and certificate.
 2. It listens on loopback with TLS 1.3, a key and a certificate made for it alone, and answers nobody without the token:
    queries of data and health, nothing that changes it.
-3. It keeps no decision log and asks nobody for a new version.
+3. It keeps no decision log, asks nobody for a new version, and leaves the signature to the template, which verifies the
+   same bytes before anyone is answered.
 4. When it dies it is started again, with backoff; until then its policy denies.
 """
 
@@ -133,7 +134,14 @@ class OpaServer:
         argv += ["--addr", f"{LOOPBACK}:{self.access.port}", "--min-tls-version", "1.3"]
         argv += ["--tls-cert-file", "{fd:certificate}", "--tls-private-key-file", "{fd:key}"]
         argv += ["--authentication", "token", "--authorization", "basic"]
-        argv += ["--skip-version-check", "--log-level", "error", "--set", "decision_logs.console=false"]
+        argv += [
+            "--skip-version-check",
+            "--skip-verify",
+            "--log-level",
+            "error",
+            "--set",
+            "decision_logs.console=false",
+        ]
         fds = {"bundle": self._bundle.fd, "authz": authz.fd, "certificate": certificate.fd, "key": key.fd}
         self._process = await self._zygote.spawn_program(ProgramSpec(argv, self._program.limits, {}, fds))
         return self._process

@@ -28,6 +28,7 @@ from agent.policy.embedded import EmbeddedEngine
 from agent.policy.engine import Engine
 from agent.policy.messages import Answer, Stamp, pack_answer, unpack_question
 from agent.policy.opa import OpaAccess, OpaEngine, check_bundle
+from agent.policy.signature import load_crypto
 
 __all__ = ["Forked", "Loaded", "Refused", "Report", "TemplateArgs", "serve", "template"]
 
@@ -74,6 +75,8 @@ _BLAME: dict[type[Exception], Literal["policy", "verification", "config", "isola
 def template(child: Child) -> None:
     """Run as a policy template: descriptor ``bundle`` is a sealed file, the arguments are :class:`TemplateArgs`."""
     args = msgspec.convert(child.args, TemplateArgs)
+    if args.trusted_keys:
+        load_crypto()
     child.enter_sandbox()
     channel = Channel(child.channel)
     try:
