@@ -30,7 +30,7 @@ allow if {
 	data.edgewarden.trust.ok
 	data.edgewarden.network.ok
 	data.edgewarden.limits.ok
-	data.edgewarden.obligations.ok
+	data.edgewarden.obligations.granted
 } else if {
 	input.action == "metadata"
 	data.edgewarden.rbac.ok
