@@ -18,9 +18,14 @@ package edgewarden.authz
 # METADATA
 # description: The decision, version 1.
 # entrypoint: true
-decision := {"allow": true, "reasons": [], "obligations": data.edgewarden.obligations.granted} if {
+decision := {"allow": true, "reasons": [], "obligations": {"limit": limit, "receipt": false}} if {
+	data.edgewarden.plain.ok
+	not denied_by_site
+	limit := data.limits["default"]
+} else := {"allow": true, "reasons": [], "obligations": obligations} if {
 	allow
 	not denied_by_site
+	obligations := data.edgewarden.obligations.granted
 } else := {"allow": false, "reasons": sort(reasons), "obligations": {"receipt": false}}
 
 allow if {

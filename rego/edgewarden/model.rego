@@ -67,8 +67,9 @@ answerable(models, model) if {
 }
 
 authenticated(models, model) if {
+	sensitivity := data.edgewarden.sensitivity.name
 	not models.models[model].mfa
-	not models.sensitivity[data.edgewarden.sensitivity.name].mfa
+	not models.sensitivity[sensitivity].mfa
 } else if {
 	input.subject.mfa == true
 }
@@ -122,5 +123,6 @@ reasons contains "mfa_required" if {
 	input.action in {"infer", "export"}
 	models := data.models
 	model := input.resource.model
+	data.edgewarden.sensitivity.name
 	not authenticated(models, model)
 }

@@ -10,7 +10,7 @@ package edgewarden.trust
 ok if {
 	policy := data.node
 	serves(policy, input.node.trust)
-	current(policy)
+	current(policy, data.edgewarden.sensitivity.name)
 }
 
 serves(policy, state) if {
@@ -18,13 +18,13 @@ serves(policy, state) if {
 	ranks[data.edgewarden.sensitivity.name].rank <= ranks[policy.serves[state]].rank
 }
 
-current(policy) if {
+current(policy, sensitivity) if {
 	input.node.trust == "unknown"
 	policy.enrolled == false
 } else if {
 	input.node.trust in {"affirming", "warning"}
 	0 <= input.node.attested_age_s
-	input.node.attested_age_s <= policy.max_attested_age_s[data.edgewarden.sensitivity.name]
+	input.node.attested_age_s <= policy.max_attested_age_s[sensitivity]
 }
 
 loadable if input.node.trust in {"affirming", "warning", "none", "unknown"}
@@ -60,5 +60,6 @@ aged if {
 	input.node.trust in {"affirming", "warning"}
 	policy := data.node
 	serves(policy, input.node.trust)
-	not current(policy)
+	sensitivity := data.edgewarden.sensitivity.name
+	not current(policy, sensitivity)
 }
