@@ -19,6 +19,9 @@ test_what_has_conditions_is_not_plain if {
 	] {
 		not plain.ok with input as request
 	}
+	every address in ["::ffff:10.20.1.7", "::ffff:a14:107"] {
+		not plain.ok with input as fixtures.set(fixtures.infer, "/request/source_ip", address)
+	}
 	not plain.ok with input as fixtures.infer with data.models.models as {"surface-defects": {"receipt": true}}
 	authz.decision.allow with input as fixtures.infer with data.models.models as {"surface-defects": {"receipt": true}}
 }

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.policy_inputs import generate
+from bench.realistic_policy import realistic_input
+from tests.support.policy_inputs import generate, near_misses
 from tests.support.rego import Embedded, policy_data
 
 MODEL = "surface-defects"
@@ -93,6 +94,13 @@ def check_implication(embedded, documents):
 def test_plain_implies_allowed(inferences):
     """On the shipped data, whatever is plain is allowed by the general row, and most that is allowed is plain."""
     assert check_implication(Embedded.load(), inferences) > 50
+
+
+def test_what_is_nearly_plain_is_not_allowed_by_it():
+    """A plain request with any one member absent or hostile is plain only if the general row allows it still."""
+    documents = list(near_misses(realistic_input()))
+    assert len(documents) > 500
+    assert 10 < check_implication(Embedded.load(), documents) < len(documents) / 2
 
 
 @pytest.mark.parametrize(("path", "value"), OPTIONS, ids=lambda part: ".".join(part) if isinstance(part, tuple) else "")
