@@ -68,6 +68,7 @@ class GatewayStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     strict_audit: bool
     threads: int
     max_body_bytes: int
+    max_inflight_bytes: int
     header_timeout_ms: int
     body_timeout_ms: int
     idle_timeout_ms: int

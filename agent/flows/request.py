@@ -3,7 +3,7 @@
 The steps, in this order; none is left out for anyone, and whatever fails at a step ends there, recorded:
 
 1. identify: the TLS peer's certificate, or a bearer token, becomes a Principal.
-2. admit: the principal's rate, concurrency and the announced size; then the body is read, within its size and its time.
+2. admit: the announced size; then the body is read, within its size, its time and its memory; the principal's rate and concurrency.
 3. decode: the body becomes tensors, within the wire format's limits.
 4. authorize: the policy decides on subject, action, resource, request and node. No answer is a deny.
 5. sanitize: the profile that the decision names, else the manifest's.
@@ -24,14 +24,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import msgspec
+import numpy as np
 
 from agent import clock
-from agent.errors import AuditError, PeerError, VerificationError
+from agent.errors import AuditError, PeerError, PolicyError, VerificationError
 from agent.flows.policy_data import PolicyData
 from agent.flows.recording import AuditClient
 from agent.flows.running import Runner
-from agent.guard.admission import Admission, Ticket
-from agent.guard.egress import apply_output
+from agent.flows.sanitizing import sanitize_inputs
+from agent.guard.admission import Admission, check_batch, check_size
+from agent.guard.bodies import BodyBudget
 from agent.identity.peer import PeerVerifier
 from agent.identity.token import TokenVerifier, bearer_token
 from agent.inference.registry import LoadedModel, Registry
@@ -157,12 +159,14 @@ class RequestFlow:
     peers: PeerVerifier
     tokens: TokenVerifier | None
     admission: Admission
+    bodies: BodyBudget
     policy: PolicyClient
     registry: Registry
     audit: AuditClient
     counters: Counters
     max_body_bytes: int
     runner: Runner
+    generator: np.random.Generator
     facts: NodeFacts
     data: PolicyData
 
@@ -178,9 +182,9 @@ class RequestFlow:
         except PeerError as error:
             await self._refuse(trace, error)
             raise
-        except VerificationError as error:
-            # The model broke its own manifest: our side's fault, and nothing of it reaches the caller.
-            refusal = PeerError(500, "model_output", "the model gave an answer that its manifest does not allow")
+        except (VerificationError, PolicyError) as error:
+            # The model broke its own manifest, or the policy's data does not fit: our side's fault, and no news for the caller.
+            refusal = PeerError(503, "node", "the node can't answer this request; its log says why")
             await self._refuse(trace, refusal, str(error))
             raise refusal from error
 
@@ -189,35 +193,42 @@ class RequestFlow:
         trace.principal = self._identify(caller)
         trace.stage("identity")
         # 2. admit
-        limit = self.data.limit_for(trace.principal.id)
-        if wire.announced_bytes is not None and wire.announced_bytes > min(limit.max_bytes, self.max_body_bytes):
-            raise PeerError(413, "body_too_large", f"body: more than {min(limit.max_bytes, self.max_body_bytes)} bytes")
-        with self.admission.admit(trace.principal.id, limit) as ticket:
-            loaded = self.registry.get(model, version)
-            trace.loaded, trace.model, trace.version = loaded, loaded.manifest.name, loaded.manifest.version
-            body = await wire.read(min(limit.max_bytes, self.max_body_bytes))
-            trace.stage("read")
+        name = self.data.limit_for(trace.principal.id)
+        limit = self.admission.limit(name)
+        most = min(limit.max_bytes, self.max_body_bytes)
+        check_size(wire.announced_bytes, most)
+        with self.bodies.reserve(trace.principal.id, most if wire.announced_bytes is None else wire.announced_bytes):
+            body = await wire.read(most)
+        trace.stage("read")
+        now = clock.monotonic_us()
+        rate = self.admission.observe(trace.principal.id, now)
+        with await self.admission.enter(trace.principal.id, name, now):
+            loaded = self._find(trace, model, version)
+            trace.stage("admit")
             # 3. decode
             request = wire.decode(body, loaded)
+            batch = loaded.session.batch(request.inputs)
+            check_batch(batch, limit)
             trace.stage("decode")
             # 4. authorize
-            document = self._document(trace, loaded, ticket, len(body), request)
-            trace.answer = await self.policy.decide(document)
+            asked = {"bytes": len(body), "batch": batch, "rate": rate}
+            answer = await self._authorize(trace, loaded, asked)
             trace.stage("policy")
-            self._enforce(trace)
             # 5. sanitize
-            inputs = self._sanitize(trace, loaded, request)
+            profile = self.data.sanitizer(answer.decision.obligations.sanitize, loaded.manifest)
+            trace.sanitizer = profile.name
+            inputs = sanitize_inputs(profile, loaded.manifest, request.inputs, self.generator, trace.latency_us)
             trace.stage("sanitize")
             # 6. infer
             outputs = await self.runner.run(loaded, inputs)
             trace.stage("infer")
             # 7. egress
-            response = self._egress(trace, loaded, request, outputs)
+            response = self._egress(answer, loaded, request, outputs)
             encoded = wire.encode(request, response)
             trace.stage("egress")
             # 8. audit
             salt = await self._record(trace, request, response)
-            return Answer(*encoded, trace.answer.decision_id, salt, trace.latency_us)
+            return Answer(*encoded, answer.decision_id, salt, trace.latency_us)
 
     async def metadata(self, caller: Caller, model: str = "", version: str = "") -> LoadedModel | None:
         """Authorize a look at the server's (no ``model``) or at a model's metadata.
@@ -228,16 +239,20 @@ class RequestFlow:
         trace = _Trace("metadata", caller.source_ip)
         try:
             trace.principal = self._identify(caller)
-            with self.admission.admit(trace.principal.id, self.data.limit_for(trace.principal.id)) as ticket:
-                loaded = self.registry.get(model, version) if model else None
+            now = clock.monotonic_us()
+            rate = self.admission.observe(trace.principal.id, now)
+            with await self.admission.enter(trace.principal.id, self.data.limit_for(trace.principal.id), now):
+                loaded = self._find(trace, model, version) if model else None
                 if loaded:
-                    trace.loaded, trace.model, trace.version = loaded, loaded.manifest.name, loaded.manifest.version
-                    trace.answer = await self.policy.decide(self._document(trace, loaded, ticket, 0, None))
-                    self._enforce(trace)
+                    await self._authorize(trace, loaded, {"rate": rate})
                 await self._kept(trace.event("metadata", "ok"))
         except PeerError as error:
             await self._refuse(trace, error)
             raise
+        except PolicyError as error:
+            refusal = PeerError(503, "node", "the node can't answer this request; its log says why")
+            await self._refuse(trace, refusal, str(error))
+            raise refusal from error
         return loaded
 
     async def refuse(self, caller: Caller, error: PeerError) -> PeerError:
@@ -257,63 +272,50 @@ class RequestFlow:
             return self.peers.principal(caller.certificate)
         raise PeerError(401, "no_identity", "a client certificate or a bearer token is required")
 
-    def _document(
-        self, trace: _Trace, loaded: LoadedModel, ticket: Ticket, size: int, request: InferRequest | None
-    ) -> dict[str, Any]:
-        """Build the policy's input, version 1; what is unknown is absent."""
-        principal, manifest, facts = trace.principal, loaded.manifest, self.facts
-        asked: dict[str, Any] = {
-            "bytes": size,
-            "source_ip": trace.source_ip,
-            "rate": ticket.rate,
-            "time": clock.rfc3339(trace.began_us),
-        }
-        if request is not None:
-            asked["batch"] = loaded.session.batch(request.inputs)
+    def _find(self, trace: _Trace, model: str, version: str) -> LoadedModel:
+        loaded = self.registry.get(model, version)
+        trace.loaded, trace.model, trace.version = loaded, loaded.manifest.name, loaded.manifest.version
+        return loaded
+
+    async def _authorize(self, trace: _Trace, loaded: LoadedModel, asked: dict[str, Any]) -> PolicyAnswer:
+        """Ask the policy; what is unknown is absent from its input, version 1."""
+        manifest, facts = loaded.manifest, self.facts
         node: dict[str, Any] = {"id": self.node, "trust": facts.trust, "posture": facts.posture}
         if facts.attested_age_s is not None:
             node["attested_age_s"] = facts.attested_age_s
-        return {
-            "subject": msgspec.structs.asdict(principal),
-            "action": trace.action,
-            "resource": {
-                "model": manifest.name,
-                "version": manifest.version,
-                "digest": loaded.sha256,
-                "signer": loaded.signer,
-                "measured": True,
-                "sensitivity": manifest.sensitivity,
-            },
-            "request": asked,
-            "node": node,
-        }
-
-    def _enforce(self, trace: _Trace) -> None:
-        answer = trace.answer
-        if answer is None or not answer.decision.allow:
+        answer = trace.answer = await self.policy.decide(
+            {
+                "subject": msgspec.structs.asdict(trace.principal),
+                "action": trace.action,
+                "resource": {
+                    "model": manifest.name,
+                    "version": manifest.version,
+                    "digest": loaded.sha256,
+                    "signer": loaded.signer,
+                    "measured": True,
+                    "sensitivity": manifest.sensitivity,
+                },
+                "request": {**asked, "source_ip": trace.source_ip, "time": clock.rfc3339(trace.began_us)},
+                "node": node,
+            }
+        )
+        if not answer.decision.allow:
             words = "denied by policy"
-            if answer is not None and self.data.explain_denials and answer.decision.reasons:
+            if self.data.explain_denials and answer.decision.reasons:
                 words += ": " + ", ".join(answer.decision.reasons)
             raise PeerError(403, "policy", words)
-
-    def _sanitize(self, trace: _Trace, loaded: LoadedModel, request: InferRequest) -> dict[str, Tensor]:
-        decided = trace.answer.decision.obligations.sanitize if trace.answer else None
-        trace.sanitizer = decided or loaded.manifest.sanitizer or self.data.default_sanitizer(loaded.manifest)
-        return self.data.sanitizer(trace.sanitizer).apply(loaded.manifest, request.inputs, trace.latency_us)
+        return answer
 
     def _egress(
-        self, trace: _Trace, loaded: LoadedModel, request: InferRequest, outputs: Mapping[str, Tensor]
+        self, answer: PolicyAnswer, loaded: LoadedModel, request: InferRequest, outputs: Mapping[str, Tensor]
     ) -> InferResponse:
-        decided = trace.answer.decision.obligations.output if trace.answer else None
-        profile = self.data.output(decided or loaded.manifest.output_profile or "full")
-        shaped = apply_output(profile, outputs, loaded.labels)
-        wanted = [output.name for output in request.outputs] or list(shaped)
-        return InferResponse(
-            loaded.manifest.name,
-            loaded.manifest.version,
-            request.id,
-            {name: shaped[name] for name in wanted if name in shaped},
-        )
+        wanted = [output.name for output in request.outputs] or list(outputs)
+        for name in wanted:
+            if name not in outputs:
+                raise PeerError(400, "output", f"outputs[{name[:64]}]: the model has {', '.join(outputs)}")
+        profile = self.data.output(answer.decision.obligations.output, loaded.manifest)
+        shaped = profile.apply({name: outputs[name] for name in wanted}, loaded.labels)
+        return InferResponse(loaded.manifest.name, loaded.manifest.version, request.id, shaped)
 
     async def _record(self, trace: _Trace, request: InferRequest, response: InferResponse) -> bytes:
         """Record an answer; returns the salt of its digests, which only the caller gets."""

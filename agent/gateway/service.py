@@ -20,6 +20,7 @@ from aiohttp import web
 
 from agent import messages
 from agent.errors import IsolationError, PolicyError, VerificationError
+from agent.flows.loading import load_model
 from agent.flows.policy_data import PolicyData
 from agent.flows.recording import AuditClient
 from agent.flows.request import Counters, RequestFlow
@@ -28,9 +29,10 @@ from agent.gateway import oip
 from agent.gateway.connections import ConnectionLimits, Front
 from agent.gateway.routes import Routes
 from agent.guard.admission import Admission
+from agent.guard.bodies import BodyBudget
+from agent.guard.sanitize import new_generator
 from agent.identity.peer import PeerVerifier
 from agent.identity.token import TokenVerifier
-from agent.inference.loading import load_model
 from agent.inference.registry import LoadedModel, Registry
 from agent.isolation.channel import AsyncChannel, Frame
 from agent.isolation.memfd import map_sealed
@@ -87,13 +89,15 @@ class Gateway:
             node=start.node,
             peers=PeerVerifier(),
             tokens=self._tokens,
-            admission=Admission(),
+            admission=Admission({}, running=start.max_concurrent),
+            bodies=BodyBudget(start.max_inflight_bytes, start.max_inflight_bytes // 4),
             policy=self._policy,
             registry=self._registry,
             audit=self._audit,
             counters=self._counters,
             max_body_bytes=start.max_body_bytes,
             runner=self._runner,
+            generator=new_generator(),
             facts=messages.NodeFacts(trust="unknown"),
             data=PolicyData(),
         )
@@ -144,6 +148,7 @@ class Gateway:
         os.close(fd)
         try:
             self._flow.data = PolicyData.parse(document)
+            self._flow.admission.replace_limits(self._flow.data.limits)
         except PolicyError as error:
             # The agent has parsed the same bytes before it sent them.
             raise IsolationError(f"policy data: {error}") from error
