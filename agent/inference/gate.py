@@ -18,11 +18,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
 import onnx
 from google.protobuf.message import DecodeError
 
 from agent.errors import VerificationError
+from agent.inference.inspection import GateReport
 from agent.inference.manifest import ModelManifest
 from agent.inference.operators import ALLOWED_DOMAINS, ALLOWED_OPERATORS, MAX_OPSET
 from agent.inference.weights import Weights
@@ -36,7 +36,6 @@ __all__ = [
     "MAX_MODEL_BYTES",
     "MAX_NODES",
     "MAX_OPERANDS",
-    "GateReport",
     "check_model",
     "graph_specs",
     "parse_model",
@@ -68,26 +67,6 @@ _DATATYPES = {
     onnx.TensorProto.UINT32: "UINT32",
     onnx.TensorProto.UINT64: "UINT64",
 }
-
-
-class GateReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the gate saw in a model that passed.
-
-    Attributes:
-        ir_version: of the ONNX format.
-        opsets: domain to version; ``ai.onnx`` is the empty domain.
-        nodes: of all graphs, with the functions' bodies in place of their calls.
-        parameters: elements of all initializers.
-        operators: ``domain:name`` to how often it stands in the file.
-        external: files with external data.
-    """
-
-    ir_version: int
-    opsets: dict[str, int]
-    nodes: int
-    parameters: int
-    operators: dict[str, int]
-    external: tuple[str, ...]
 
 
 def parse_model(data: bytes) -> Any:  # noqa: ANN401 -- onnx has no types
