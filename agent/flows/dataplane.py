@@ -25,29 +25,15 @@ from agent.errors import AuditError, IsolationError
 from agent.isolation.channel import AsyncChannel, Frame
 from agent.isolation.memfd import SealedFile
 from agent.isolation.supervisor import ChildHandle, ChildSpec, ExitStatus, Keeper, Zygote
+from agent.policy.messages import Endpoint
 from agent.records import AuditEvent
 
-__all__ = ["Dataplane", "DataplaneHooks", "Endpoint", "ServedModel"]
+__all__ = ["Dataplane", "DataplaneHooks", "ServedModel"]
 
 MAX_FILES_A_MESSAGE = 128
 LOAD_TIMEOUT_S = 300.0
 _log = structlog.get_logger(__name__)
 _event_decoder = msgspec.json.Decoder(AuditEvent)
-
-
-class Endpoint(Protocol):
-    """A policy worker's end for one asker."""
-
-    @property
-    def worker(self) -> int: ...
-    @property
-    def sock_fd(self) -> int: ...
-    @property
-    def shm_fd(self) -> int: ...
-    @property
-    def policy_sha256(self) -> str: ...
-    @property
-    def revision(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,10 +196,11 @@ class Dataplane:
 
     def _endpoint(self, endpoint: Endpoint) -> None:
         self._tell(
-            messages.WorkerEndpoint(endpoint.worker, endpoint.policy_sha256, endpoint.revision),
-            endpoint.sock_fd,
-            endpoint.shm_fd,
+            messages.WorkerEndpoint(endpoint.number, endpoint.policy_sha256, endpoint.revision),
+            endpoint.sock.fileno(),
+            endpoint.stamp_fd,
         )
+        endpoint.close()  # the channel has its own copies
 
     def _tell(self, message: messages.AgentMessage, *fds: int) -> None:
         if self._channel is None or self._channel.closed:

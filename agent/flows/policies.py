@@ -21,7 +21,6 @@ from pathlib import Path
 
 import msgspec
 import structlog
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent import clock
 from agent.attest.log import MeasurementLog
@@ -45,13 +44,13 @@ class PolicyKeeper:
 
     Args:
         state: directory of the last known good bundle.
-        trusted: keys that sign bundles; empty where no signature is demanded.
+        trusted: PEM keys that sign bundles; empty where no signature is demanded.
     """
 
     def __init__(
         self,
         state: Path,
-        trusted: Sequence[ec.EllipticCurvePublicKey],
+        trusted: Sequence[bytes],
         *,
         pool: PolicyPool,
         log: MeasurementLog,
@@ -127,7 +126,7 @@ class PolicyKeeper:
         return data, True
 
     def _read(self, data: bytes) -> tuple[Bundle, PolicyData, bytes]:
-        bundle = Bundle.from_bytes(data, trusted=self._trusted)
+        bundle = Bundle.from_bytes(data, self._trusted)
         missing = [area for area in AREAS if area not in bundle.data]
         if missing:
             raise PolicyError(f"the bundle has no data.{missing[0]}")

@@ -14,7 +14,8 @@ import contextlib
 import os
 import socket
 import ssl
-from typing import Final
+from collections.abc import Coroutine
+from typing import Any, Final
 
 from aiohttp import web
 
@@ -37,6 +38,7 @@ from agent.inference.registry import LoadedModel, Registry
 from agent.isolation.channel import AsyncChannel, Frame
 from agent.isolation.memfd import map_sealed
 from agent.policy.client import PolicyClient
+from agent.policy.messages import Endpoint
 
 __all__ = ["Gateway"]
 
@@ -81,8 +83,8 @@ class Gateway:
         self._channel = AsyncChannel(self._sock, self._frame, self._agent_gone)
         self._audit = AuditClient(self._channel.send, strict=start.strict_audit)
         self._policy = PolicyClient(
-            on_overrun=lambda worker: self._report(messages.Overrun(worker)),
-            evaluation_deadline_s=start.evaluation_deadline_ms / 1000,
+            lambda worker: self._report(messages.Overrun(worker)),
+            deadline_s=start.evaluation_deadline_ms / 1000,
             total_deadline_s=start.total_deadline_ms / 1000,
         )
         self._flow = RequestFlow(
@@ -125,9 +127,8 @@ class Gateway:
         match messages.decode_agent_message(frame.data):
             case messages.WorkerEndpoint() as worker:
                 sock_fd, shm_fd = frame.fds
-                self._policy.attach(
-                    worker.worker, socket.socket(fileno=sock_fd), shm_fd, worker.policy_sha256, worker.revision
-                )
+                sock = socket.socket(fileno=sock_fd)
+                self._policy.attach(Endpoint(worker.worker, sock, shm_fd, worker.policy_sha256, worker.revision))
             case messages.PolicyData():
                 (fd,) = frame.fds
                 self._take_policy_data(fd)
@@ -221,7 +222,7 @@ class Gateway:
         self._audit.close()
         os._exit(0)
 
-    def _spawn(self, coroutine) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._loads.add(task)
         task.add_done_callback(self._finished)
