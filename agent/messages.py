@@ -64,7 +64,6 @@ class GatewayStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     node: str
     tokens: TokenRules | None
-    enrolled: bool
     strict_audit: bool
     threads: int
     max_body_bytes: int

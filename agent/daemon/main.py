@@ -1,0 +1,196 @@
+"""Start, run and stop the agent.
+
+Rules:
+
+1. The order of a start: the state is locked, sockets are bound and the zygote is exec'd before any secret or TPM is opened; then audit log, TPM,
+   measurement log, configuration measured, policy, models, gateway. No port is open before the models are handed over.
+2. The first task that fails stops the process; shutdown has two stages: requests drain, then everything ends.
+3. A TPM reset under the running agent ends the process: what is loaded is no longer in the log of this boot. The service manager starts it
+   again, and everything is measured anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import signal
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+import structlog
+import uvloop
+from aiohttp import web
+
+from agent import clock
+from agent.attest.log import MeasurementLog, TpmResetError
+from agent.attest.measurement import ZERO_PCR, config_entry
+from agent.attest.tpm import TpmThread
+from agent.audit.log import AuditLog, Space
+from agent.config import ControlSettings, Environment, Settings
+from agent.control.health import Health, Metrics, health_application
+from agent.control.surface import admin_application, evidence_application
+from agent.daemon.node import Node
+from agent.daemon.provision import (
+    Listeners,
+    bind_listeners,
+    child_user,
+    gateway_spec,
+    lock_state,
+    read_pem,
+    spki_sha256,
+    trust_store,
+)
+from agent.errors import EdgeWardenError, TpmError, VerificationError
+from agent.flows.attestation import AttestationFlow
+from agent.flows.dataplane import Dataplane
+from agent.flows.models import ModelKeeper
+from agent.flows.policies import PolicyKeeper
+from agent.host.notify import Notifier
+from agent.host.posture import posture
+from agent.host.watch import StoreWatcher
+from agent.inference.package import PackageLimits
+from agent.isolation.supervisor import Zygote
+from agent.policy.client import PolicyClient
+from agent.policy.pool import PolicyPool
+from agent.records import AuditEvent
+
+__all__ = ["PRELOAD", "run"]
+
+PRELOAD: Final = ("agent.gateway.entry", "agent.policy.worker", "agent.inference.inspector")
+TPM_CHECK_S: Final = 10.0
+HEALTH_CHECK_S: Final = 1.0
+_log = structlog.get_logger(__name__)
+
+
+def run(settings: Settings, environment: Environment) -> None:
+    """Run the agent until SIGTERM or SIGINT.
+
+    Raises:
+        EdgeWardenError: what stopped it.
+    """
+    lock = lock_state(Path(settings.node.state_dir))
+    listeners = bind_listeners(settings)
+    try:
+        # Before any secret is opened; blocks until everything is imported.
+        zygote = Zygote.start(PRELOAD, user=child_user(settings), sandbox_required=settings.sandbox.required)
+        try:
+            uvloop.run(_Agent(settings, environment, listeners, zygote).run())
+        except* EdgeWardenError as group:
+            raise _first(group) from None
+        finally:
+            zygote.close()
+    finally:
+        listeners.close()
+        os.close(lock)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+class _Agent:
+    def __init__(
+        self, settings: Settings, environment: Environment, listeners: Listeners, zygote: Zygote
+    ) -> None:
+        self._settings = settings
+        self._listeners = listeners
+        self._zygote = zygote
+        self._state = Path(settings.node.state_dir)
+        self._notifier = Notifier(environment.notify_socket, environment.watchdog_usec)
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        async with contextlib.AsyncExitStack() as stack:
+            node = await self._build(stack)
+            async with asyncio.TaskGroup() as tasks:
+                running = [
+                    tasks.create_task(self._zygote.run()),
+                    tasks.create_task(node.pool.run()),
+                    tasks.create_task(node.dataplane.run()),
+                ]
+                try:
+                    await self._bring_up(node, stack, tasks, running)
+                    await self._stop.wait()
+                    await self._shut_down(node)
+                finally:
+                    for task in running:
+                        task.cancel()
+
+    async def _build(self, stack: contextlib.AsyncExitStack) -> Node:
+        """Open everything that needs no other; what was opened is closed in the reverse order."""
+        settings = self._settings
+        health = Health()
+        health.report("live", holds=True, why="the control plane runs")
+        health.report("connected", holds=False, why="no controller is configured")
+        audit = await AuditLog.open(
+            self._state / "audit",
+            settings.node.id,
+            durability=settings.audit.durability,
+            space=Space(max_bytes=settings.audit.max_bytes),
+        )
+        stack.push_async_callback(audit.close)
+        tpm = TpmThread(settings.tpm.tcti, call_timeout_s=settings.tpm.timeout_ms / 1000)
+        stack.push_async_callback(tpm.close)
+        start = bytes.fromhex(settings.tpm.start_value) if settings.tpm.start_value else ZERO_PCR
+        log = await MeasurementLog.open(tpm, self._state / "measurements", settings.tpm.pcr, start)
+        await log.append(config_entry(hashlib.sha256(settings.measured()).digest()))
+        health.report("attested", holds=True, why="the measurement log and the TPM agree")
+
+        pool = PolicyPool(
+            self._zygote,
+            engine=settings.policy.engine,
+            deadline_s=settings.policy.evaluation_deadline_ms / 1000,
+            worker_memory_bytes=settings.policy.worker_memory_bytes,
+        )
+        stack.push_async_callback(pool.close)
+        client = PolicyClient(
+            pool.overrun,
+            deadline_s=settings.policy.evaluation_deadline_ms / 1000,
+            total_deadline_s=settings.policy.total_deadline_ms / 1000,
+        )
+        stack.callback(client.close)
+        pool.subscribe(client.attach)
+        metrics = Metrics(health, lambda: {"audit_records": audit.head().size})
+        node = Node(settings.node.id, audit, health, metrics, client, pool)
+        spec, sealed = gateway_spec(settings, self._listeners.inference)
+        for file in sealed:
+            stack.callback(file.close)
+        node.dataplane = Dataplane(self._zygote, spec, node)
+        node.models = ModelKeeper(
+            Path(settings.models.store),
+            trust_store(settings),
+            PackageLimits(max_total_bytes=settings.models.max_package_bytes),
+            settings.models.inspect_timeout_ms / 1000,
+            zygote=self._zygote,
+            log=log,
+            dataplane=node.dataplane,
+            hooks=node,
+        )
+        trusted = [read_pem("policy.trusted_keys", path) for path in settings.policy.trusted_keys]
+        node.policies = PolicyKeeper(
+            self._state / "policy",
+            trusted if settings.policy.require_signature else [],
+            pool=pool,
+            log=log,
+            dataplane=node.dataplane,
+            hooks=node,
+        )
+        certificate = read_pem("inference.certificate", settings.inference.certificate)
+        node.attestation = AttestationFlow(
+            node=settings.node.id,
+            boot_id=_boot_id(),
+            tpm=tpm,
+            log=log,
+            audit=audit,
+            inference_spki_sha256=spki_sha256("inference.certificate", certificate),
+            posture_source=lambda: posture(self._state),
+        )
+        return node
