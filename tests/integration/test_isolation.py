@@ -20,7 +20,7 @@ from agent.errors import IsolationError
 from agent.isolation.channel import Channel, channel_pair
 from agent.isolation.memfd import seal_bytes, seal_file
 from agent.isolation.sandbox import Limits, Profile
-from agent.isolation.supervisor import ExitStatus, Keeper, ProgramSpec, Zygote
+from agent.isolation.supervisor import ChildHandle, ExitStatus, Keeper, ProgramSpec, Zygote
 from tests.support.isolation import ENTRIES, LIMITS, NOBODY, POLICY, certificate, spec
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("isolation")]
@@ -48,13 +48,6 @@ async def fork_worker(template) -> tuple[int, Channel]:
     with theirs:
         channel.send(b"fork", [theirs.fileno()])
     return int(await answer(channel)), Channel(ours)
-
-
-async def spawned(zygote):
-    try:
-        return await zygote.spawn(spec("echo"))
-    except IsolationError:
-        return None
 
 
 async def test_the_whole_data_plane_works_in_the_gateway_sandbox(zygote):
@@ -217,15 +210,15 @@ def test_the_death_of_the_zygote_costs_no_child(run, zygote):
     """When the zygote is killed its children live on, the agent notices, and a new one spawns."""
 
     async def main() -> None:
-        died = asyncio.Event()
-        service = asyncio.create_task(zygote.run(lambda _: died.set()))
+        starts: asyncio.Queue[int] = asyncio.Queue()
+        died: list[ExitStatus] = []
+        service = asyncio.create_task(zygote.run(died.append, lambda process: starts.put_nowait(process.pid)))
+        first = await starts.get()
         before = await zygote.spawn(spec("echo"))
-        first = zygote.pid
         os.kill(first, 9)
-        await died.wait()
-        while (after := await spawned(zygote)) is None:  # until the new zygote has been exec'd
-            await asyncio.sleep(0.01)
-        assert zygote.pid != first
+        assert await starts.get() != first
+        assert died == [KILLED]
+        after = await zygote.spawn(spec("echo"))
         for child in (before, after):
             channel = Channel(child.sock)
             channel.send(b"alive")
@@ -242,29 +235,20 @@ def test_a_child_that_crashes_is_replaced(run, zygote):
     """The keeper reaps a killed child and has another one running."""
 
     async def main() -> None:
-        children = []
-        fresh = asyncio.Event()
-
-        async def start():
-            child = await zygote.spawn(spec("echo"))
-            children.append(child)
-            fresh.set()
-            return child
-
+        starts: asyncio.Queue[ChildHandle] = asyncio.Queue()
         ended: list[ExitStatus] = []
-        keeper = Keeper("echo", start)
-        service = asyncio.create_task(keeper.run(on_death=ended.append))
-        for count in range(1, 4):
-            await fresh.wait()
-            fresh.clear()
-            assert keeper.starts in (count - 1, count)
+        keeper = Keeper("echo", lambda: zygote.spawn(spec("echo")))
+        service = asyncio.create_task(keeper.run(ended.append, starts.put_nowait))
+        children = []
+        for _ in range(3):
+            children.append(await starts.get())
             children[-1].kill()
-            await children[-1].wait()
-        await fresh.wait()
+        children.append(await starts.get())
         service.cancel()
         children[-1].kill()
         await children[-1].wait()
         assert ended == [KILLED] * 3
+        assert not keeper.crash_loop
         assert len({child.pid for child in children}) == 4
         for child in children:
             child.sock.close()
