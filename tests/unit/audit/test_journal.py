@@ -3,6 +3,7 @@
 import errno
 import os
 import random  # noqa: TID251 -- seeded below
+import resource
 import shutil
 
 import msgspec
@@ -372,6 +373,10 @@ class Faults:
 
         self._monkeypatch.setattr(os, name, call)
 
+    @staticmethod
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("name", ["fdatasync", "pwrite"])
@@ -477,7 +482,8 @@ def test_a_disk_that_is_full_for_good_takes_no_more(tmp_path, monkeypatch):
     assert verify_log(tmp_path / "log").size >= len(acknowledged)
 
 
-def test_the_ballast_lets_what_is_under_way_be_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("count", "written"), [(20, 20), (40, 24)])
+def test_the_ballast_lets_what_is_under_way_be_written(tmp_path, monkeypatch, count, written):
     """A full disk in the middle of a commit: as much of the commit as the ballast holds is written, then that the disk is full."""
     journal = reopen(tmp_path / "log")
     real = os.posix_fallocate
@@ -488,8 +494,8 @@ def test_the_ballast_lets_what_is_under_way_be_written(tmp_path, monkeypatch):
         real(fd, offset, length)
 
     monkeypatch.setattr(os, "posix_fallocate", full_but_for_the_ballast)
-    acknowledged = journal.commit([event(n, pad=PAD) for n in range(40)])
-    assert 12 < len(acknowledged) < 40
+    acknowledged = journal.commit([event(n, pad=PAD) for n in range(count)])
+    assert len(acknowledged) == written
     assert journal.failure == "No space left on device (ENOSPC)"
     assert heads(tmp_path / "log")[-1].kind == "log.full"
     assert journal.commit([event()]) == []
@@ -506,3 +512,58 @@ def test_a_log_without_its_lock_file_is_not_in_use(tmp_path):
     write_log(tmp_path / "log", [1])
     (tmp_path / "log" / LOCK_NAME).unlink()
     assert not verify_log(tmp_path / "log").in_use
+
+
+def test_a_file_size_limit_counts_as_a_full_disk(tmp_path):
+    """With files limited by the kernel (EFBIG), no segment can be made: the log says that it is full, in the room it kept."""
+    journal = reopen(tmp_path / "log")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL.segment_bytes - 1, hard))
+    try:
+        acknowledged = journal.commit([event(n, pad=PAD) for n in range(40)])
+        assert journal.failure == "File too large (EFBIG)"
+        assert not journal.resume()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert acknowledged == list(range(12))
+    assert heads(tmp_path / "log")[-1].kind == "log.full"
+    assert journal.resume()
+    assert journal.commit([event()]) == [14]
+    journal.close()
+    assert verify_log(tmp_path / "log").ok
+
+
+def test_failing_again_and_again_keeps_the_log_whole(tmp_path, monkeypatch):
+    """Many failures use up the room for saying so: then nothing is said, nothing is removed without being named, and it goes on."""
+    journal = reopen(tmp_path / "log")
+    real = os.posix_fallocate
+    journal.commit([event(n, pad=PAD) for n in range(60)])
+    while journal._active.capacity - journal._active.end > 5000:
+        journal.commit([event()])
+    monkeypatch.setattr(os, "posix_fallocate", Faults.full)
+    for n in range(40):
+        assert journal.commit([event(n, pad=PAD)]) == []
+        assert journal.failure is not None
+        monkeypatch.setattr(journal, "failure", None)
+    monkeypatch.setattr(os, "posix_fallocate", real)
+    journal.close()
+    assert heads(tmp_path / "log")[-1].kind == "log.full"
+    journal = Journal.open(tmp_path / "log", "node-1", TIGHT, strict=True)
+    assert journal.commit([event(n, pad=PAD) for n in range(2)])
+    assert verify_log(tmp_path / "log").first == 0
+    assert journal.commit([event(n, pad=PAD) for n in range(20)])
+    journal.close()
+    report = verify_log(tmp_path / "log")
+    assert report.ok
+    assert report.first > 0
+
+
+def test_a_smaller_segment_size_takes_effect_with_the_next_segment(tmp_path):
+    """A log whose newest segment is larger than the sizes now allow goes on in a new one."""
+    large = Space(segment_bytes=512 * 1024, budget_bytes=8 * 1024 * 1024, ballast_bytes=512 * 1024)
+    write_log(tmp_path / "log", [20], pad=PAD, space=large)
+    journal = reopen(tmp_path / "log")
+    assert journal.commit([event()]) == [20]
+    journal.close()
+    assert [path.name for path in list_segments(tmp_path / "log")] == [segment_name(0), segment_name(20)]
+    assert verify_log(tmp_path / "log").ok

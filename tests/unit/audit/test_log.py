@@ -93,8 +93,27 @@ async def test_buffered_does_not_wait_and_syncs_in_its_interval(tmp_path):
     assert verify_log(tmp_path / "log").size == 4
 
 
-async def test_strict_fails_closed_and_recovers(tmp_path, faulty):
+async def test_buffered_writes_long_before_it_syncs(tmp_path):
+    """Records reach the kernel, and so a reader, turn by turn, while the sync is still far away."""
+    log = await opened(tmp_path, durability="buffered", sync_interval_s=600)
+    for n in range(3):
+        log.append(event(n))
+        await until(lambda n=n: len(kinds(tmp_path)) == n + 1)
+    assert log.size() == 0
+    await log.close()
+    assert verify_log(tmp_path / "log").size == 3
+
+
+async def test_strict_fails_closed_and_recovers(tmp_path, faulty, monkeypatch):
     """While the disk fails, waiting records fail, new ones are refused at once and health says so; then all is well again."""
+    attempts = []
+    real = Journal.resume
+
+    def counting(journal):
+        attempts.append(real(journal))
+        return attempts[-1]
+
+    monkeypatch.setattr(Journal, "resume", counting)
     log = await opened(tmp_path)
     assert await log.append(event(0)) == 0
     faulty["error"] = errno.EIO
@@ -108,6 +127,7 @@ async def test_strict_fails_closed_and_recovers(tmp_path, faulty):
     for _ in range(2):
         with pytest.raises(AuditError, match="EIO"):
             await log.flush()
+    await until(lambda: attempts == [False])
     del faulty["error"]
     await until(lambda: log.durable)
     assert await log.append(event(4)) == 2
