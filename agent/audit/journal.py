@@ -333,8 +333,7 @@ class Journal:
         if not self._strict:
             self.lost += self._tree.size - self.durable.size
         self._tree = self.durable
-        self._active.end = self._durable_end
-        self._active.dirty = True
+        self._active.rewind(self._durable_end)
         self._drop_staged()
         self.failure = f"{error.strerror} ({errno.errorcode.get(error.errno or 0, error.errno)})"
 

@@ -38,8 +38,7 @@ __all__ = [
 MAX_EVENT_BYTES = 64 * 1024  # as a process sends it: what one message of a channel can hold
 MAX_NODE_CHARACTERS = 256
 MAX_RECORD_BYTES = MAX_EVENT_BYTES + 8 * 1024  # with sequence, node (escaped to six bytes a character) and time
-MAX_TIME_US = 253_402_300_800_000_000  # 10000-01-01: RFC 3339 has four digits for a year
-_MAX_SAFE_INTEGER = 2**53 - 1
+_MAX_SAFE_INTEGER = 2**53 - 1  # as a time in microseconds: the year 2255
 
 # Kinds of the records that the log writes about itself.
 GAP = "log.gap"  # stands for records whose segments were removed: first, last, root of the tree before last + 1
@@ -86,8 +85,8 @@ def decode_event(data: bytes) -> AuditEvent:
         raise AuditError(f"audit: an event of {len(data)} bytes is over the limit of {MAX_EVENT_BYTES}")
     try:
         event = _decoder.decode(data)
-        if not 0 <= event.time_us < MAX_TIME_US:
-            raise ValueError(f"time_us {event.time_us} is outside the years 1970 to 9999")
+        if not 0 <= event.time_us <= _MAX_SAFE_INTEGER:
+            raise ValueError(f"time_us {event.time_us} is outside the years 1970 to 2255")
         for key, micros in event.latency_us.items():
             if not key.isascii() or not -_MAX_SAFE_INTEGER <= micros <= _MAX_SAFE_INTEGER:
                 raise ValueError(f"latency_us {key!r}: {micros} has no canonical form")

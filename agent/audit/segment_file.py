@@ -48,6 +48,7 @@ class SegmentFile:
         self.end = end
         self.capacity = capacity
         self.dirty = False
+        self._reached = end
 
     @classmethod
     def prepare(cls, directory: Path, header: Header, capacity: int) -> SegmentFile:
@@ -85,6 +86,7 @@ class SegmentFile:
     def write(self, data: bytes) -> None:
         """Append; the data is in the kernel's hands and not durable yet."""
         view = memoryview(data)
+        self._reached = self.end + len(data)
         while view:
             written = os.pwrite(self._fd, view, self.end)
             self.end += written
@@ -94,6 +96,11 @@ class SegmentFile:
         """Wait until everything written is durable."""
         os.fdatasync(self._fd)
 
+    def rewind(self, end: int) -> None:
+        """Go back to an earlier end; dirty when anything may have been written behind it."""
+        self.end = end
+        self.dirty = self.dirty or self._reached > end
+
     def repair(self) -> None:
         """Cut what stands behind the last good record and allocate the rest again."""
         os.ftruncate(self._fd, self.end)
@@ -101,6 +108,7 @@ class SegmentFile:
             os.posix_fallocate(self._fd, self.end, self.capacity - self.end)
         os.fsync(self._fd)
         self.dirty = False
+        self._reached = self.end
 
     def finish(self) -> None:
         """Give back the space that is left and make all of it durable; nothing more is appended."""
