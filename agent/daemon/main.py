@@ -194,3 +194,101 @@ class _Agent:
             posture_source=lambda: posture(self._state),
         )
         return node
+
+    async def _bring_up(
+        self, node: Node, stack: contextlib.AsyncExitStack, tasks: asyncio.TaskGroup, running: list[asyncio.Task[None]]
+    ) -> None:
+        settings = self._settings
+        await node.record(AuditEvent(kind="node.start", time_us=clock.now_us(), outcome="ok", principal="edgewarden"))
+        # The operator can ask for the reason while the rest is still on its way.
+        await self._serve(stack, health_application(node.health, node.metrics), self._listeners.health_unix)
+        if self._listeners.metrics:
+            await self._serve(stack, health_application(node.health, node.metrics), self._listeners.metrics)
+        await node.policies.start(Path(settings.policy.bundle))
+        node.health.report("enforcing", holds=True, why=f"policy {node.policies.status()['revision']}")
+        await node.models.scan()
+        running.append(tasks.create_task(node.dataplane.run()))
+        await node.dataplane.wait_ready()
+        await self._serve(stack, admin_application(node), self._listeners.admin_unix)
+        if settings.control and self._listeners.control:
+            context, spki = _control_tls(settings.control)
+            await self._serve(stack, evidence_application(node, spki), self._listeners.control, context)
+        watcher = StoreWatcher(
+            Path(settings.models.store), lambda name, version: self._look_again(node, tasks, name, version)
+        )
+        watcher.start()
+        stack.callback(watcher.stop)
+        running.append(tasks.create_task(self._check_tpm(node)))
+        running.append(tasks.create_task(self._keep_alive(node)))
+        host, port = self._listeners.inference.getsockname()[:2]
+        self._notifier.ready(f"serving on {host}:{port}")
+        _log.info("serving", address=host, port=port, models=len(node.dataplane.models))
+
+    async def _serve(
+        self, stack: contextlib.AsyncExitStack, application: web.Application, sock, context: ssl.SSLContext | None = None
+    ) -> None:
+        runner = web.AppRunner(application, access_log=None, handle_signals=False)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        await web.SockSite(runner, sock, ssl_context=context).start()
+
+    def _look_again(self, node: Node, tasks: asyncio.TaskGroup, name: str, version: str) -> None:
+        if not self._stop.is_set():
+            tasks.create_task(_logged(node.models.changed(name, version), model=name, version=version))
+
+    async def _check_tpm(self, node: Node) -> None:
+        """Keep the fact ``attested``: the TPM answers and still holds what the log says."""
+        while True:
+            await asyncio.sleep(TPM_CHECK_S)
+            try:
+                async with node.attestation.log.locked() as now:
+                    clock_info = await node.attestation.tpm.call(lambda tpm: tpm.clock())
+                    value = await node.attestation.tpm.call(lambda tpm: tpm.read_pcrs([node.attestation.log.pcr]))
+                if clock_info.reset_count != now.reset_count:
+                    raise TpmResetError("the TPM was reset under the running agent")
+                if value[node.attestation.log.pcr] != now.value:
+                    raise VerificationError("measurement-log", "the PCR no longer holds what the log says")
+                node.health.report("attested", holds=True, why="the measurement log and the TPM agree")
+            except TpmResetError:
+                raise
+            except (TpmError, VerificationError) as error:
+                if node.health.report("attested", holds=False, why=str(error)):
+                    _log.error("attestation_lost", error=str(error))
+
+    async def _keep_alive(self, node: Node) -> None:
+        while True:
+            self._notifier.watchdog()
+            loops = [name for name, holds in (("gateway", node.dataplane.crash_loop), ("policy", node.pool.crash_loop)) if holds]
+            node.health.detail("crash_loops", list(loops))
+            await asyncio.sleep(HEALTH_CHECK_S)
+
+    async def _shut_down(self, node: Node) -> None:
+        self._notifier.stopping()
+        node.health.report("ready", holds=False, why="the agent is stopping")
+        await node.dataplane.drain(self._settings.inference.drain_timeout_ms / 1000)
+        await node.record(AuditEvent(kind="node.stop", time_us=clock.now_us(), outcome="ok", principal="edgewarden"))
+
+
+async def _logged(work: Awaitable[None], **fields: str) -> None:
+    """Run work whose failure is the host's, not ours: what it would have changed stays out of service."""
+    try:
+        await work
+    except TpmResetError:
+        raise
+    except EdgeWardenError as error:
+        _log.error("model_check_failed", error=str(error), **fields)
+
+
+def _control_tls(control: ControlSettings) -> tuple[ssl.SSLContext, str]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    certificate = read_pem("control.certificate", control.certificate)
+    read_pem("control.key", control.key, secret=True)
+    context.load_cert_chain(control.certificate, control.key)
+    context.load_verify_locations(cadata=read_pem("control.client_ca", control.client_ca).decode())
+    context.verify_mode = ssl.CERT_REQUIRED
+    return context, spki_sha256("control.certificate", certificate)
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -27,7 +27,7 @@ from agent.flows.models import ModelKeeper
 from agent.flows.policies import PolicyKeeper
 from agent.policy.client import PolicyClient
 from agent.policy.messages import Endpoint
-from agent.policy.pool import PolicyPool
+from agent.policy.pool import PolicyPool, Subscription
 from agent.records import AuditEvent, JsonValue, PolicyAnswer, Principal
 
 __all__ = ["Node"]
@@ -88,15 +88,9 @@ class Node:
             }
         )
 
-    def subscribe(self, asker: Callable[[Endpoint], None]) -> Callable[[], None]:
+    def subscribe(self, asker: Callable[[Endpoint], None]) -> Subscription:
         """Give policy workers to a gateway."""
         return self.pool.subscribe(asker)
-
-    def overrun(self, worker: int) -> None:
-        """Replace a worker that missed its deadline."""
-        _log.warning("policy_worker_overrun", worker=worker)
-        self.metrics.count("policy_overruns_total")
-        self.pool.overrun(worker)
 
     def serving(self, *, holds: bool, why: str) -> None:
         """Report the fact ``ready``."""

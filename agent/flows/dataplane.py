@@ -26,6 +26,7 @@ from agent.isolation.channel import AsyncChannel, Frame
 from agent.isolation.memfd import SealedFile
 from agent.isolation.supervisor import ChildHandle, ChildSpec, ExitStatus, Keeper, Zygote
 from agent.policy.messages import Endpoint
+from agent.policy.pool import Subscription
 from agent.records import AuditEvent
 
 __all__ = ["Dataplane", "DataplaneHooks", "ServedModel"]
@@ -53,11 +54,8 @@ class DataplaneHooks(Protocol):
     def record(self, event: AuditEvent) -> asyncio.Future[Any]:
         """Append to the audit log; the future is done when the record counts, or fails with ``AuditError``."""
 
-    def subscribe(self, asker: Callable[[Endpoint], None]) -> Callable[[], None]:
-        """Give policy workers to ``asker`` from now on; the returned function ends that."""
-
-    def overrun(self, worker: int) -> None:
-        """Replace a worker that missed its deadline."""
+    def subscribe(self, asker: Callable[[Endpoint], None]) -> Subscription:
+        """Give policy workers to ``asker`` from now on."""
 
     def serving(self, *, holds: bool, why: str) -> None:
         """Report whether inference is served."""
@@ -86,7 +84,7 @@ class Dataplane:
         self._policy_sha256 = ""
         self._channel: AsyncChannel | None = None
         self._child: ChildHandle | None = None
-        self._unsubscribe: Callable[[], None] = lambda: None
+        self._workers: Subscription | None = None
         self._ready = asyncio.Event()
         self._drained = asyncio.Event()
         self._draining = False
@@ -164,7 +162,7 @@ class Dataplane:
         if self._policy_data:
             self._tell(messages.PolicyData(self._policy_sha256), self._policy_data.fd)
         self._tell(self._facts)
-        self._unsubscribe = self._hooks.subscribe(self._endpoint)
+        self._workers = self._hooks.subscribe(self._endpoint)
         try:
             reports = await asyncio.gather(*(self._hand_over(model) for model in list(self._models.values())))
         except IsolationError:
@@ -258,7 +256,8 @@ class Dataplane:
                 if waiting and not waiting.done():
                     waiting.set_result(message)
             case messages.Overrun():
-                self._hooks.overrun(message.worker)
+                if self._workers:
+                    self._workers.overrun(message.worker)
             case messages.Statistics():
                 self._hooks.statistics(message)
             case messages.Fatal():
@@ -273,8 +272,9 @@ class Dataplane:
     def _end(self) -> None:
         self._ready.clear()
         self._drained.set()
-        self._unsubscribe()
-        self._unsubscribe = lambda: None
+        if self._workers:
+            self._workers.close()
+            self._workers = None
         for report in self._reports.values():
             if not report.done():
                 report.set_exception(IsolationError("the gateway ended"))

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final, Literal
 
 import msgspec
 import structlog
@@ -25,16 +25,19 @@ import structlog
 from agent import clock
 from agent.attest.log import MeasurementLog
 from agent.attest.measurement import policy_entry
-from agent.errors import HostError, PolicyError
+from agent.errors import HostError, PolicyError, VerificationError
 from agent.flows.dataplane import Dataplane
 from agent.flows.models import ModelHooks
 from agent.flows.policy_data import AREAS, PolicyData
 from agent.isolation.memfd import seal_bytes
 from agent.policy.bundle import Bundle
-from agent.policy.pool import PolicyPool
+from agent.policy.last_good import load_last_good, save_last_good
+from agent.policy.pool import Activation, PolicyPool
 from agent.records import AuditEvent, JsonValue, Principal
 
 __all__ = ["PolicyKeeper"]
+
+CONFIGURED_MARKER: Final = "configured.sha256"
 
 _log = structlog.get_logger(__name__)
 
@@ -63,7 +66,8 @@ class PolicyKeeper:
         self._log = log
         self._dataplane = dataplane
         self._hooks = hooks
-        self._active: Bundle | None = None
+        self._active: Activation | None = None
+        self._configured_digest = ""
         self._turn = asyncio.Lock()
 
     def status(self) -> dict[str, JsonValue]:
@@ -73,17 +77,15 @@ class PolicyKeeper:
         return {"revision": self._active.revision, "sha256": self._active.sha256}
 
     async def start(self, configured: Path) -> None:
-        """Activate the bundle for this start: the configured one where it is new, else the last known good.
+        """Activate the bundle for this start.
 
         Raises:
-            PolicyError, VerificationError: neither can be activated.
+            PolicyError, VerificationError: it is refused.
             HostError: a file can't be read or written.
         """
-        data, is_new = await asyncio.to_thread(self._choose, configured)
-        node = Principal(id="edgewarden", kind="unix", roles=("node",))
-        await self.activate(data, node)
-        if is_new:
-            await asyncio.to_thread(_keep, self._state / "configured.sha256", hashlib.sha256(data).hexdigest().encode())
+        self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        data = await asyncio.to_thread(self._choose, configured)
+        await self.activate(data, Principal(id="edgewarden", kind="unix", roles=("node",)))
 
     async def activate(self, data: bytes, principal: Principal) -> dict[str, JsonValue]:
         """Take a bundle through all steps.
@@ -92,77 +94,78 @@ class PolicyKeeper:
             PolicyError, VerificationError: it is refused; the old one stays in force.
         """
         async with self._turn:
+            native = b""
+
+            async def before_use(activation: Activation) -> None:
+                # 3. measure, 4. record; the workers follow, and nothing can fail any more once the bundle is kept.
+                await self._log.append(policy_entry(activation.revision, bytes.fromhex(activation.sha256)))
+                await self._record("ok", principal, activation)
+                await asyncio.to_thread(self._keep, data)
+                self._dataplane.set_policy_data(activation.sha256, seal_bytes("policy-data", native))
+
             try:
-                bundle, native, document = await asyncio.to_thread(self._read, data)
-                prepared = await self._pool.prepare(bundle)
-            except PolicyError as error:
+                native = await asyncio.to_thread(_native, data, self._trusted)
+                self._active = await self._pool.activate(data, before_use)
+            except (PolicyError, VerificationError) as error:
                 await self._record("refused", principal, error=str(error))
                 raise
-            try:
-                await self._log.append(policy_entry(bundle.revision, bytes.fromhex(bundle.sha256)))
-                await self._record("ok", principal, bundle=bundle)
-                await asyncio.to_thread(_keep, self._state / "active.tar.gz", data)
-            except BaseException:
-                prepared.discard()
-                raise
-            self._pool.commit(prepared)
-            self._dataplane.set_policy_data(bundle.sha256, seal_bytes("policy-data", document))
-            self._active = bundle
-            _log.info("policy_activated", revision=bundle.revision, sha256=bundle.sha256, limits=sorted(native.limits))
+            _log.info("policy_activated", revision=self._active.revision, sha256=self._active.sha256)
             return self.status()
 
-    def _choose(self, configured: Path) -> tuple[bytes, bool]:
-        active, marker = self._state / "active.tar.gz", self._state / "configured.sha256"
+    def _choose(self, configured: Path) -> bytes:
+        """The configured bundle where it is new since it was last taken up, else the last known good."""
+        kept = load_last_good(self._state)
         try:
             data = configured.read_bytes()
-            known = marker.read_text() if marker.exists() and active.exists() else ""
-            if known == hashlib.sha256(data).hexdigest():
-                return active.read_bytes(), False
         except OSError as error:
-            if active.exists():
-                _log.warning("configured_policy_unreadable", path=str(configured), error=error.strerror)
-                return active.read_bytes(), False
-            raise HostError(f"policy bundle {configured}: {error.strerror}") from error
-        return data, True
+            if kept is None:
+                raise HostError(f"policy.bundle: {configured}: {error.strerror}") from error
+            _log.warning("configured_policy_unreadable", path=str(configured), error=error.strerror)
+            return kept
+        marker = self._state / CONFIGURED_MARKER
+        known = marker.read_text() if marker.exists() else ""
+        digest = hashlib.sha256(data).hexdigest()
+        if kept is not None and known == digest:
+            return kept
+        self._configured_digest = digest
+        return data
 
-    def _read(self, data: bytes) -> tuple[Bundle, PolicyData, bytes]:
-        bundle = Bundle.from_bytes(data, self._trusted)
-        missing = [area for area in AREAS if area not in bundle.data]
-        if missing:
-            raise PolicyError(f"the bundle has no data.{missing[0]}")
-        document = msgspec.json.encode({area: bundle.data[area] for area in AREAS})
-        return bundle, PolicyData.parse(document), document
+    def _keep(self, data: bytes) -> None:
+        save_last_good(self._state, data)
+        if self._configured_digest:
+            # After the bundle: a crash in between takes the configured bundle up once more.
+            (self._state / CONFIGURED_MARKER).write_text(self._configured_digest)
+            self._configured_digest = ""
 
     async def _record(
-        self, outcome: str, principal: Principal, *, bundle: Bundle | None = None, error: str = ""
+        self,
+        outcome: Literal["ok", "refused"],
+        principal: Principal,
+        activation: Activation | None = None,
+        *,
+        error: str = "",
     ) -> None:
         await self._hooks.record(
             AuditEvent(
                 kind="policy.activate",
                 time_us=clock.now_us(),
-                outcome="ok" if outcome == "ok" else "refused",
+                outcome=outcome,
                 principal=principal.id,
                 principal_kind=principal.kind,
                 action="policy.activate",
-                policy_sha256=bundle.sha256 if bundle else "",
-                policy_revision=bundle.revision if bundle else "",
+                policy_sha256=activation.sha256 if activation else "",
+                policy_revision=activation.revision if activation else "",
                 error=error,
             )
         )
 
 
-def _keep(path: Path, data: bytes) -> None:
-    """Write a small file so that a crash leaves the old content or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.new")
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _native(data: bytes, trusted: Sequence[bytes]) -> bytes:
+    """Return the areas of a bundle's data that the gateway enforces, once it is known that they compile."""
+    bundle = Bundle.from_bytes(data, trusted)
+    missing = [area for area in AREAS if area not in bundle.data]
+    if missing:
+        raise PolicyError(f"the bundle has no data.{missing[0]}")
+    document = msgspec.json.encode({area: bundle.data[area] for area in AREAS})
+    PolicyData.parse(document)
+    return document

@@ -30,6 +30,7 @@ FULL_OUTPUT: Final = "full"
 class PolicyData:
     """Compiled data. An empty one (before the first activation) refuses everything: it has no limit to admit by."""
 
+    policy_sha256: str = ""
     limits: Mapping[str, Limit] = field(default_factory=dict)
     default_limit: str = ""
     subject_limits: Mapping[str, str] = field(default_factory=dict)
@@ -38,7 +39,7 @@ class PolicyData:
     explain_denials: bool = False
 
     @classmethod
-    def parse(cls, document: bytes) -> PolicyData:
+    def parse(cls, document: bytes, policy_sha256: str = "") -> PolicyData:
         """Compile the areas :data:`AREAS` of a bundle's data, as JSON.
 
         Raises:
@@ -58,7 +59,7 @@ class PolicyData:
                 raise PolicyError(f"policy data: limits: there is no limit {name!r}")
         if not isinstance(explain, bool):
             raise PolicyError("policy data: node.explain_denials must be a boolean")
-        return cls(limits, default, subjects, sanitizers, outputs, explain)
+        return cls(policy_sha256, limits, default, subjects, sanitizers, outputs, explain)
 
     def limit_for(self, principal_id: str) -> str:
         """Return the name of the limit that a principal is admitted by, before any decision."""

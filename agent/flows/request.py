@@ -34,6 +34,7 @@ from agent.flows.running import Runner
 from agent.flows.sanitizing import sanitize_inputs
 from agent.guard.admission import Admission, check_batch, check_size
 from agent.guard.bodies import BodyBudget
+from agent.guard.egress import OutputProfile
 from agent.identity.peer import PeerVerifier
 from agent.identity.token import TokenVerifier, bearer_token
 from agent.inference.registry import LoadedModel, Registry
@@ -168,7 +169,8 @@ class RequestFlow:
     runner: Runner
     generator: np.random.Generator
     facts: NodeFacts
-    data: PolicyData
+    data: PolicyData = PolicyData()
+    earlier_data: PolicyData = PolicyData()
 
     async def infer(self, caller: Caller, model: str, version: str, wire: Wire) -> Answer:
         """Answer one request.
@@ -215,7 +217,8 @@ class RequestFlow:
             answer = await self._authorize(trace, loaded, asked)
             trace.stage("policy")
             # 5. sanitize
-            profile = self.data.sanitizer(answer.decision.obligations.sanitize, loaded.manifest)
+            data = self._data_of(answer)
+            profile = data.sanitizer(answer.decision.obligations.sanitize, loaded.manifest)
             trace.sanitizer = profile.name
             inputs = sanitize_inputs(profile, loaded.manifest, request.inputs, self.generator, trace.latency_us)
             trace.stage("sanitize")
@@ -223,7 +226,7 @@ class RequestFlow:
             outputs = await self.runner.run(loaded, inputs)
             trace.stage("infer")
             # 7. egress
-            response = self._egress(answer, loaded, request, outputs)
+            response = _egress(data.output(answer.decision.obligations.output, loaded.manifest), loaded, request, outputs)
             encoded = wire.encode(request, response)
             trace.stage("egress")
             # 8. audit
@@ -306,16 +309,12 @@ class RequestFlow:
             raise PeerError(403, "policy", words)
         return answer
 
-    def _egress(
-        self, answer: PolicyAnswer, loaded: LoadedModel, request: InferRequest, outputs: Mapping[str, Tensor]
-    ) -> InferResponse:
-        wanted = [output.name for output in request.outputs] or list(outputs)
-        for name in wanted:
-            if name not in outputs:
-                raise PeerError(400, "output", f"outputs[{name[:64]}]: the model has {', '.join(outputs)}")
-        profile = self.data.output(answer.decision.obligations.output, loaded.manifest)
-        shaped = profile.apply({name: outputs[name] for name in wanted}, loaded.labels)
-        return InferResponse(loaded.manifest.name, loaded.manifest.version, request.id, shaped)
+    def _data_of(self, answer: PolicyAnswer) -> PolicyData:
+        """Return the data of the policy that decided: around an activation the one before may still answer."""
+        for data in (self.data, self.earlier_data):
+            if data.policy_sha256 == answer.policy_sha256:
+                return data
+        raise PolicyError("the policy that decided is no longer in force")
 
     async def _record(self, trace: _Trace, request: InferRequest, response: InferResponse) -> bytes:
         """Record an answer; returns the salt of its digests, which only the caller gets."""
@@ -355,3 +354,14 @@ class RequestFlow:
                 await waiting
         except AuditError:
             self.counters.count("unrecorded_refusals_total")
+
+
+def _egress(
+    profile: OutputProfile, loaded: LoadedModel, request: InferRequest, outputs: Mapping[str, Tensor]
+) -> InferResponse:
+    wanted = [output.name for output in request.outputs] or list(outputs)
+    for name in wanted:
+        if name not in outputs:
+            raise PeerError(400, "output", f"outputs[{name[:64]}]: the model has {', '.join(outputs)}")
+    shaped = profile.apply({name: outputs[name] for name in wanted}, loaded.labels)
+    return InferResponse(loaded.manifest.name, loaded.manifest.version, request.id, shaped)

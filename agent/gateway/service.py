@@ -101,7 +101,6 @@ class Gateway:
             runner=self._runner,
             generator=new_generator(),
             facts=messages.NodeFacts(trust="unknown"),
-            data=PolicyData(),
         )
         limits = oip.WireLimits(body_bytes=start.max_body_bytes, json_bytes=start.max_body_bytes)
         self._routes = Routes(self._flow, limits, start.body_timeout_ms / 1000, start.max_concurrent)
@@ -129,9 +128,9 @@ class Gateway:
                 sock_fd, shm_fd = frame.fds
                 sock = socket.socket(fileno=sock_fd)
                 self._policy.attach(Endpoint(worker.worker, sock, shm_fd, worker.policy_sha256, worker.revision))
-            case messages.PolicyData():
+            case messages.PolicyData(policy_sha256=policy_sha256):
                 (fd,) = frame.fds
-                self._take_policy_data(fd)
+                self._take_policy_data(fd, policy_sha256)
             case messages.LoadModel() as load:
                 self._take_model_part(load, frame.fds)
             case messages.UnloadModel(name=name, version=version):
@@ -144,11 +143,12 @@ class Gateway:
             case messages.Drain(timeout_ms=timeout_ms):
                 self._spawn(self._drain(timeout_ms / 1000))
 
-    def _take_policy_data(self, fd: int) -> None:
+    def _take_policy_data(self, fd: int, policy_sha256: str) -> None:
         document = bytes(map_sealed(fd))
         os.close(fd)
         try:
-            self._flow.data = PolicyData.parse(document)
+            data = PolicyData.parse(document, policy_sha256)
+            self._flow.data, self._flow.earlier_data = data, self._flow.data
             self._flow.admission.replace_limits(self._flow.data.limits)
         except PolicyError as error:
             # The agent has parsed the same bytes before it sent them.
