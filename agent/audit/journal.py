@@ -158,7 +158,7 @@ class Journal:
         header, data = read_header(newest), newest.read_bytes()
         replayed = replay(newest.name, header, data)
         if replayed.finding is not None:
-            raise VerificationError(replayed.finding.check, str(replayed.finding))
+            raise VerificationError(replayed.finding.check, f"{replayed.finding.place}: {replayed.finding.text}")
         # 3. What is torn goes, and a record says what it was.
         active = SegmentFile.reopen(directory, header, replayed.end, space.segment_bytes)
         journal = cls(

@@ -71,8 +71,13 @@ class Finding:
     seq: int
     text: str
 
+    @property
+    def place(self) -> str:
+        """Where, in words."""
+        return f"{self.segment} at byte {self.offset}, record {self.seq}"
+
     def __str__(self) -> str:
-        return f"{self.check}: {self.segment} at byte {self.offset}, record {self.seq}: {self.text}"
+        return f"{self.check}: {self.place}: {self.text}"
 
 
 @dataclass(frozen=True, slots=True)
