@@ -316,6 +316,7 @@ class Zygote:
         except BaseException:
             if process is not None:
                 process.kill()
+                await process.wait()
             raise
         finally:
             status.close()
