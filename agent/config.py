@@ -134,7 +134,9 @@ class InferenceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     )
     threads: Annotated[int, Meta(ge=1, le=64, description="Threads of one onnxruntime session.")] = 1
     max_body_bytes: Annotated[int, _security("Largest request body.", ge=1024, le=1 << 30)] = 32 << 20
-    max_inflight_bytes: Annotated[int, _security("Memory for bodies on their way, of all clients.", ge=1 << 20)] = 512 << 20
+    max_inflight_bytes: Annotated[int, _security("Memory for bodies on their way, of all clients.", ge=1 << 20)] = (
+        512 << 20
+    )
     header_timeout_ms: Annotated[int, _security("Time until a request's headers are complete.", ge=100, le=120_000)] = (
         10_000
     )

@@ -27,16 +27,14 @@ from tools.pki import Authority, write_signing_key
 __all__ = ["DemoNode", "SoftwareTpm", "UnixConnection", "edgewarden"]
 
 ROOT = Path(__file__).resolve().parent.parent
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 
 
 def edgewarden(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run the command line of this very checkout."""
     command = [sys.executable, "-m", "agent.cli", *map(str, arguments)]
-    return subprocess.run(
-        command, check=check, capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL
-    )
+    return subprocess.run(command, check=check, capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL)
 
 
 class SoftwareTpm:
@@ -171,11 +169,11 @@ class DemoNode:
     def sign_and_install(self, package: Path, key: str = "models") -> None:
         """Sign a package and put it into the store."""
         edgewarden("model", "sign", package, "--key", self.root / "keys" / f"{key}.key")
-        edgewarden(
-            "model", "install", package, "--store", self.store, "--trust", self.root / "keys" / "models.pub"
-        )
+        edgewarden("model", "install", package, "--store", self.store, "--trust", self.root / "keys" / "models.pub")
 
-    def build_policy(self, rego: Path = ROOT / "rego", policies: Path = ROOT / "policies", revision: str = "r1") -> Path:
+    def build_policy(
+        self, rego: Path = ROOT / "rego", policies: Path = ROOT / "policies", revision: str = "r1"
+    ) -> Path:
         """Build and sign the policy bundle."""
         bundle = self.root / "policy.tar.gz"
         edgewarden(
@@ -207,6 +205,7 @@ class DemoNode:
                     self.port = int(event["port"])
                     return
             time.sleep(0.02)
+        self.stop()
         raise RuntimeError(f"the agent does not serve:\n{self._tail(begin)}")
 
     def events(self, begin: int = 0) -> list[dict[str, Any]]:
@@ -268,4 +267,3 @@ def _two_free_ports() -> int:
             with contextlib.suppress(OSError, OverflowError):
                 second.bind(("127.0.0.1", port + 1))
                 return port
-

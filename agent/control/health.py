@@ -62,7 +62,7 @@ class Health:
         return {**facts, "details": self._details}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # a registry keeps collectors by identity
 class Metrics(Collector):
     """Counters of all processes. A gateway's counters start again with it, so ended ones are kept as a base.
 

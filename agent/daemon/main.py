@@ -16,8 +16,9 @@ import contextlib
 import hashlib
 import os
 import signal
+import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Final
 
@@ -53,14 +54,24 @@ from agent.host.notify import Notifier
 from agent.host.posture import posture
 from agent.host.watch import StoreWatcher
 from agent.inference.package import PackageLimits
+from agent.isolation.sandbox import Limits
 from agent.isolation.supervisor import Zygote
 from agent.policy.client import PolicyClient
+from agent.policy.opa_server import OpaProgram
 from agent.policy.pool import PolicyPool
 from agent.records import AuditEvent
 
 __all__ = ["PRELOAD", "run"]
 
-PRELOAD: Final = ("agent.gateway.entry", "agent.policy.worker", "agent.inference.inspector")
+# What children import, and what libraries would import later, when there is no file system any more.
+PRELOAD: Final = (
+    "agent.gateway.entry",
+    "agent.policy.worker",
+    "agent.inference.inspector",
+    "cryptography.hazmat.backends.openssl.backend",
+    "encodings.idna",
+)
+POLICY_OPEN_FILES: Final = 64
 TPM_CHECK_S: Final = 10.0
 HEALTH_CHECK_S: Final = 1.0
 _log = structlog.get_logger(__name__)
@@ -94,9 +105,7 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 class _Agent:
-    def __init__(
-        self, settings: Settings, environment: Environment, listeners: Listeners, zygote: Zygote
-    ) -> None:
+    def __init__(self, settings: Settings, environment: Environment, listeners: Listeners, zygote: Zygote) -> None:
         self._settings = settings
         self._listeners = listeners
         self._zygote = zygote
@@ -111,11 +120,7 @@ class _Agent:
         async with contextlib.AsyncExitStack() as stack:
             node = await self._build(stack)
             async with asyncio.TaskGroup() as tasks:
-                running = [
-                    tasks.create_task(self._zygote.run()),
-                    tasks.create_task(node.pool.run()),
-                    tasks.create_task(node.dataplane.run()),
-                ]
+                running = [tasks.create_task(self._zygote.run()), tasks.create_task(node.pool.run())]
                 try:
                     await self._bring_up(node, stack, tasks, running)
                     await self._stop.wait()
@@ -134,7 +139,7 @@ class _Agent:
             self._state / "audit",
             settings.node.id,
             durability=settings.audit.durability,
-            space=Space(max_bytes=settings.audit.max_bytes),
+            space=Space(budget_bytes=settings.audit.max_bytes),
         )
         stack.push_async_callback(audit.close)
         tpm = TpmThread(settings.tpm.tcti, call_timeout_s=settings.tpm.timeout_ms / 1000)
@@ -144,20 +149,23 @@ class _Agent:
         await log.append(config_entry(hashlib.sha256(settings.measured()).digest()))
         health.report("attested", holds=True, why="the measurement log and the TPM agree")
 
+        deadline_s = settings.policy.evaluation_deadline_ms / 1000
+        total_s = settings.policy.total_deadline_ms / 1000
+        trusted = [read_pem("policy.trusted_keys", path) for path in settings.policy.trusted_keys]
+        if not settings.policy.require_signature:
+            trusted = []
         pool = PolicyPool(
             self._zygote,
-            engine=settings.policy.engine,
-            deadline_s=settings.policy.evaluation_deadline_ms / 1000,
-            worker_memory_bytes=settings.policy.worker_memory_bytes,
+            trusted_keys=trusted,
+            limits=Limits(settings.policy.worker_memory_bytes, POLICY_OPEN_FILES),
+            opa=OpaProgram(settings.policy.opa_binary) if settings.policy.engine == "opa" else None,
+            deadline_s=deadline_s,
+            total_deadline_s=total_s,
         )
         stack.push_async_callback(pool.close)
-        client = PolicyClient(
-            pool.overrun,
-            deadline_s=settings.policy.evaluation_deadline_ms / 1000,
-            total_deadline_s=settings.policy.total_deadline_ms / 1000,
-        )
+        client = PolicyClient(lambda worker: workers.overrun(worker), deadline_s=deadline_s, total_deadline_s=total_s)
         stack.callback(client.close)
-        pool.subscribe(client.attach)
+        workers = pool.subscribe(client.attach)
         metrics = Metrics(health, lambda: {"audit_records": audit.head().size})
         node = Node(settings.node.id, audit, health, metrics, client, pool)
         spec, sealed = gateway_spec(settings, self._listeners.inference)
@@ -174,10 +182,9 @@ class _Agent:
             dataplane=node.dataplane,
             hooks=node,
         )
-        trusted = [read_pem("policy.trusted_keys", path) for path in settings.policy.trusted_keys]
         node.policies = PolicyKeeper(
             self._state / "policy",
-            trusted if settings.policy.require_signature else [],
+            trusted,
             pool=pool,
             log=log,
             dataplane=node.dataplane,
@@ -225,7 +232,11 @@ class _Agent:
         _log.info("serving", address=host, port=port, models=len(node.dataplane.models))
 
     async def _serve(
-        self, stack: contextlib.AsyncExitStack, application: web.Application, sock, context: ssl.SSLContext | None = None
+        self,
+        stack: contextlib.AsyncExitStack,
+        application: web.Application,
+        sock: socket.socket,
+        context: ssl.SSLContext | None = None,
     ) -> None:
         runner = web.AppRunner(application, access_log=None, handle_signals=False)
         await runner.setup()
@@ -258,7 +269,11 @@ class _Agent:
     async def _keep_alive(self, node: Node) -> None:
         while True:
             self._notifier.watchdog()
-            loops = [name for name, holds in (("gateway", node.dataplane.crash_loop), ("policy", node.pool.crash_loop)) if holds]
+            loops = [
+                name
+                for name, holds in (("gateway", node.dataplane.crash_loop), ("policy", node.pool.crash_loop))
+                if holds
+            ]
             node.health.detail("crash_loops", list(loops))
             await asyncio.sleep(HEALTH_CHECK_S)
 

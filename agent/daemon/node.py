@@ -70,6 +70,12 @@ class Node:
             why = str(failure) if failure else "the last record is durable"
             self.health.report("log_durable", holds=failure is None, why=why)
 
+    @property
+    def policy_sha256(self) -> str:
+        """Digest of the policy in force."""
+        active = self.pool.active
+        return active.sha256 if active else ""
+
     async def authorize(self, action: str, resource: dict[str, Any]) -> PolicyAnswer:
         """Ask the policy as the node itself."""
         return await self._decide(_SELF, action, resource)
@@ -155,6 +161,7 @@ class Node:
         """Take a bundle through its steps."""
         status = await self.policies.activate(bundle, principal)
         self.health.report("enforcing", holds=True, why=f"policy {status['revision']}")
+        await self.models.scan()
         return status
 
     async def rescan_models(self, principal: Principal) -> dict[str, JsonValue]:

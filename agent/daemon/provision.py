@@ -145,7 +145,9 @@ def read_pem(setting: str, path: str, *, secret: bool = False) -> bytes:
     except OSError as error:
         raise ConfigError(f"{setting}: {path}: {error.strerror}") from error
     if mode & _OTHERS_WRITE or (secret and mode & stat.S_IRWXO):
-        raise ConfigError(f"{setting}: {path}: mode {stat.S_IMODE(mode):o} is too open; try chmod {600 if secret else 644}")
+        raise ConfigError(
+            f"{setting}: {path}: mode {stat.S_IMODE(mode):o} is too open; try chmod {600 if secret else 644}"
+        )
     if len(data) > MAX_PEM_BYTES:
         raise ConfigError(f"{setting}: {path}: larger than {MAX_PEM_BYTES} bytes")
     return data

@@ -5,18 +5,19 @@ The steps, in this order, for each package at boot and whenever its files change
 1. read: every file once, into sealed memory; digests are taken over that memory.
 2. verify: the signature lists exactly these files with these digests, by a trusted signer; the manifest names this very package.
 3. inspect: a sandboxed process checks the graph and makes a trial run.
-4. authorize: the policy allows ``load``.
-5. measure: each file that is handed over is in the log and in the PCR.
+4. measure: each file that is to be handed over is in the log and in the PCR.
+5. authorize: the policy allows ``load``; where it denies, the log says that the package is out of force again.
 6. record: the audit log holds it.
 7. hand over: the gateway makes its session from the same sealed memory.
 
-A package that fails at any step is not loaded; where files differ from what was in force, or a new package is refused as a whole, each refused
+A new policy is asked again about every package in force. A package that fails at any step is not loaded; where files differ from what was in force, or a new package is refused as a whole, each refused
 file is measured as refused. A package that was in force and no longer verifies is taken from the gateway first and measured as unloaded.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,10 @@ _log = structlog.get_logger(__name__)
 class ModelHooks(Protocol):
     """What the flow needs besides its own rooms."""
 
+    @property
+    def policy_sha256(self) -> str:
+        """Digest of the policy in force."""
+
     async def authorize(self, action: str, resource: dict[str, Any]) -> PolicyAnswer:
         """Ask the policy as the node itself."""
 
@@ -55,7 +60,7 @@ class ModelHooks(Protocol):
 class _InForce:
     digest: str
     signer: str
-    sensitivity: str
+    policy_sha256: str
     files: Mapping[str, str]  # digests of all files of the package
 
 
@@ -155,34 +160,40 @@ class ModelKeeper:
         # 2. verify
         signer, manifest = await asyncio.to_thread(self._verify, name, version, package)
         force = self._in_force.get(key)
-        if force is not None and force.digest == package.sha256 and force.signer == signer.sha256_of_spki:
+        same = force is not None and force.digest == package.sha256 and force.signer == signer.sha256_of_spki
+        if same and force is not None and force.policy_sha256 == self._hooks.policy_sha256:
             self._refused.pop(key, None)
             return False
-        # 3. inspect
-        report = await inspect(self._zygote, package, self._inspect_timeout_s)
-        # 4. authorize
-        resource = {
-            "model": name,
-            "version": version,
-            "digest": package.sha256,
-            "signer": signer.sha256_of_spki,
-            "sensitivity": manifest.sensitivity,
-        }
-        answer = await self._hooks.authorize("load", resource)
+        handed: list[str] = []
+        if not same:
+            # 3. inspect
+            report = await inspect(self._zygote, package, self._inspect_timeout_s)
+            # 4. measure
+            handed = _handed_over(manifest, report.gate.external)
+            for path in handed:
+                await self._log.append(model_entry(name, version, path, bytes.fromhex(package.file(path).sha256)))
+        # 5. authorize
+        answer = await self._hooks.authorize(
+            "load",
+            {
+                "model": name,
+                "version": version,
+                "digest": package.sha256,
+                "signer": signer.sha256_of_spki,
+                "measured": True,
+                "sensitivity": manifest.sensitivity,
+            },
+        )
         if not answer.decision.allow:
-            reasons = ", ".join(answer.decision.reasons) or answer.error or "no reason given"
-            if force is not None:
-                await self._unload(name, version, reasons)
-            await self._denied(name, version, package, answer, reasons)
+            await self._denied(name, version, package, answer)
             return False
-        # 5. measure
-        handed = _handed_over(manifest, report.gate.external)
-        for path in handed:
-            await self._log.append(model_entry(name, version, path, bytes.fromhex(package.file(path).sha256)))
+        if same and force is not None:
+            self._in_force[key] = dataclasses.replace(force, policy_sha256=answer.policy_sha256)
+            return False
         # 6. record
         await self._record("model.load", "ok", name, version, package.sha256, answer=answer)
         # 7. hand over
-        self._in_force[key] = _InForce(package.sha256, signer.sha256_of_spki, manifest.sensitivity, package.digests())
+        self._in_force[key] = _InForce(package.sha256, signer.sha256_of_spki, answer.policy_sha256, package.digests())
         self._refused.pop(key, None)
         served = ServedModel(
             name, version, package.sha256, signer.sha256_of_spki, {path: package.file(path) for path in handed}
@@ -228,8 +239,13 @@ class ModelKeeper:
         settled = self._log.settled
         return settled.state.refused.get(f"{name}/{version}/{path}") if settled else None
 
-    async def _denied(self, name: str, version: str, package: Package, answer: PolicyAnswer, reasons: str) -> None:
+    async def _denied(self, name: str, version: str, package: Package, answer: PolicyAnswer) -> None:
+        reasons = ", ".join(answer.decision.reasons) or answer.error or "no reason given"
         self._refused[name, version] = _Refused(f"denied by policy: {reasons}", package.digests())
+        if (name, version) in self._in_force:
+            await self._unload(name, version, f"denied by policy: {reasons}")
+        else:
+            await self._log.append(unload_entry(name, version))
         _log.warning("model_denied", model=name, version=version, reasons=reasons)
         await self._record("model.load", "denied", name, version, package.sha256, answer=answer)
 

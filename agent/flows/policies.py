@@ -109,7 +109,6 @@ class PolicyKeeper:
             except (PolicyError, VerificationError) as error:
                 await self._record("refused", principal, error=str(error))
                 raise
-            _log.info("policy_activated", revision=self._active.revision, sha256=self._active.sha256)
             return self.status()
 
     def _choose(self, configured: Path) -> bytes:

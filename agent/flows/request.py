@@ -226,7 +226,9 @@ class RequestFlow:
             outputs = await self.runner.run(loaded, inputs)
             trace.stage("infer")
             # 7. egress
-            response = _egress(data.output(answer.decision.obligations.output, loaded.manifest), loaded, request, outputs)
+            response = _egress(
+                data.output(answer.decision.obligations.output, loaded.manifest), loaded, request, outputs
+            )
             encoded = wire.encode(request, response)
             trace.stage("egress")
             # 8. audit

@@ -41,8 +41,9 @@ def main(child: Child) -> None:
     for name in ("certificate", "key", "client_ca", "jwks"):
         if name in child.fds:
             os.close(child.fds[name])
-    loop = uvloop.new_event_loop()
     child.enter_sandbox()
+    # After the sandbox: libuv would set up an io_uring before it, and could not use it inside.
+    loop = uvloop.new_event_loop()
     gateway = Gateway(child.channel, listener, start, context, tokens)
     loop.run_until_complete(gateway.run())
 

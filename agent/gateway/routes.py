@@ -90,9 +90,7 @@ class _HttpWire:
         if headers.get("Content-Encoding", "identity") != "identity":
             raise PeerError(415, "content_encoding", "a body with a Content-Encoding is not accepted")
         length = oip.parse_header_length(headers.get(oip.HEADER_LENGTH))
-        return oip.parse_infer_request(
-            body, length, limits=self.limits, allow_nonfinite=model.session.allow_nonfinite
-        )
+        return oip.parse_infer_request(body, length, limits=self.limits, allow_nonfinite=model.manifest.allow_nonfinite)
 
     def encode(self, request: InferRequest, response: InferResponse) -> tuple[bytes, int | None]:
         return oip.encode_infer_response(response, request)
@@ -135,6 +133,7 @@ class Routes:
             self.in_work -= 1
             if not self.in_work:
                 self.idle.set()
+        response.headers["Server"] = "edgewarden"
         if self.draining or (response.status >= 400 and not request.content.is_eof()):  # noqa: PLR2004 -- errors
             # What is left of a refused body is not read: the connection ends with the answer.
             response.force_close()
@@ -172,7 +171,9 @@ class Routes:
 
     async def _server(self, request: web.BaseRequest, path: str) -> web.Response:
         if _REFUSED.fullmatch(path):
-            return await self._refuse(request, "shared memory, repository, trace and log settings can't be used from outside")
+            return await self._refuse(
+                request, "shared memory, repository, trace and log settings can't be used from outside"
+            )
         if request.method != "GET":
             raise PeerError(405 if path.startswith("/v2") else 404, "method", "GET is the only method here")
         match path:
