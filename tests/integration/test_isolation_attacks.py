@@ -9,10 +9,10 @@ import socket
 import pytest
 
 from agent.isolation.channel import Channel
-from agent.isolation.sandbox import Profile
+from agent.isolation.sandbox import Profile, SandboxReport
 from agent.isolation.supervisor import ChildSpec, Zygote
 from tests.support.isolation import LIMITS
-from tests.support.isolation_attacks import BASE, LANDLOCK, REFUSED, ROWS, SECCOMP
+from tests.support.isolation_attacks import REFUSED, ROWS, SECCOMP, layers_in_force
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("isolation")]
 ATTACKS = "tests.support.isolation_attacks"
@@ -32,7 +32,7 @@ async def _say(channel: Channel) -> bytes:
     return frames[0].data
 
 
-async def _attack(zygote, profile, files, *, landlock, seccomp) -> dict[str, int]:
+async def _attack(zygote, profile, files, *, landlock, seccomp) -> tuple[SandboxReport, dict[str, int]]:
     for name in ("kept", "removed"):
         (files / name).write_text("x")
     abstract = f"edgewarden-test-{os.getpid()}"
@@ -78,15 +78,16 @@ async def _attack(zygote, profile, files, *, landlock, seccomp) -> dict[str, int
         os.close(pidfd)
     await attacker.wait()
     await open_victim.wait()
-    return results
+    return attacker.report, results
 
 
 @pytest.mark.parametrize(("landlock", "seccomp"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("profile", list(Profile), ids=lambda profile: profile.value)
 async def test_every_attack_is_stopped_by_just_the_layers_that_claim_it(zygote, tmp_path, profile, landlock, seccomp):
     """An attempt is refused where a layer that claims it is in force, and gets through where none is."""
-    results = await _attack(zygote, profile, tmp_path, landlock=landlock, seccomp=seccomp)
-    in_force = {BASE, *[LANDLOCK] * landlock, *[SECCOMP] * seccomp}
+    report, results = await _attack(zygote, profile, tmp_path, landlock=landlock, seccomp=seccomp)
+    in_force = layers_in_force(report)
+    assert (report.landlock_abi > 0, report.seccomp) == (landlock, seccomp)
     wrong = {}
     for row in ROWS:
         claimed = bool(row.layers & in_force) and not (profile.value in row.but and row.layers & in_force == {SECCOMP})

@@ -1,8 +1,8 @@
 """What a hostile child would try, as raw system calls, with the layer that claims to stop each attempt.
 
 Every row is tried in four children: with all layers, with Landlock alone, with seccomp alone, and with neither. A row is
-refused exactly where a layer that is named in it is in force; a row that names one layer is stopped by that one only. The
-child with neither layer proves that the attempt is real: it succeeds there, or fails for a reason of its own.
+refused exactly where a layer that is named in it is in force; a row that names one layer is stopped by that one only.
+Landlock stands by the ABI that brought the rule, ptrace and its kin by the first. The child with neither layer proves that the attempt is real: it succeeds there, or fails for a reason of its own.
 """
 
 import ctypes
@@ -17,8 +17,22 @@ from typing import Any
 
 from agent.isolation.channel import Channel
 from agent.isolation.child import Child
+from agent.isolation.sandbox import SandboxReport
 
-SECCOMP, LANDLOCK, BASE = "seccomp", "landlock", "base"  # base: capabilities, MDWE, limits; in force always
+SECCOMP = "seccomp"
+FILES, TRUNCATE, NETWORK, SCOPES = "landlock 1", "landlock 3", "landlock 4", "landlock 6"  # by the ABI that brought it
+MDWE = "mdwe"
+CAPABILITIES = "capabilities"  # dropped in every child
+
+
+def layers_in_force(report: SandboxReport) -> set[str]:
+    """Return what holds in a child, by its own report."""
+    in_force = {CAPABILITIES, *[SECCOMP] * report.seccomp, *[MDWE] * report.mdwe}
+    return in_force | {
+        layer for abi, layer in ((1, FILES), (3, TRUNCATE), (4, NETWORK), (6, SCOPES)) if report.landlock_abi >= abi
+    }
+
+
 REFUSED = (errno.EPERM, errno.EACCES)
 
 # x86-64, aarch64
@@ -174,41 +188,47 @@ def _file(path: str) -> int:
 
 
 _ONLY_SECCOMP = frozenset({SECCOMP})
-_BOTH = frozenset({SECCOMP, LANDLOCK})
-_SECCOMP_AND_BASE = frozenset({SECCOMP, BASE})
-_ALL = frozenset({SECCOMP, LANDLOCK, BASE})
+_OR_FILES = frozenset({SECCOMP, FILES})
+_OR_TRUNCATE = frozenset({SECCOMP, TRUNCATE})
+_OR_NETWORK = frozenset({SECCOMP, NETWORK})
+_OR_SCOPES = frozenset({SECCOMP, SCOPES})
+_OR_MDWE = frozenset({SECCOMP, MDWE})
+_OR_CAPABILITIES = frozenset({SECCOMP, CAPABILITIES})
+_OR_FILES_OR_CAPABILITIES = frozenset({SECCOMP, FILES, CAPABILITIES})
 
 ROWS = (
     # files
-    Row("open", _BOTH, lambda _: _sys("open", _text("/etc/passwd"), 0), surely=platform.machine() == "x86_64"),
-    Row("openat", _BOTH, lambda _: _file("/etc/passwd")),
-    Row("openat2", _BOTH, lambda _: _sys("openat2", _AT_FDCWD, _text("/etc/passwd"), _at(bytes(24)), 24)),
-    Row("open /proc/<victim>/mem", _BOTH, lambda t: _file(f"/proc/{t.victim}/mem")),
-    Row("open own /proc/self/mem", _BOTH, lambda _: _file("/proc/self/mem"), surely=False),
-    Row("truncate", _BOTH, lambda t: _sys("truncate", _text(f"{t.files}/kept"), 0)),
-    Row("unlink", _BOTH, lambda t: _sys("unlinkat", _AT_FDCWD, _text(f"{t.files}/removed"), 0)),
-    Row("mkdir", _BOTH, lambda t: _sys("mkdirat", _AT_FDCWD, _text(f"{t.files}/made"), 0o700)),
+    Row("open", _OR_FILES, lambda _: _sys("open", _text("/etc/passwd"), 0), surely=platform.machine() == "x86_64"),
+    Row("openat", _OR_FILES, lambda _: _file("/etc/passwd")),
+    Row("openat2", _OR_FILES, lambda _: _sys("openat2", _AT_FDCWD, _text("/etc/passwd"), _at(bytes(24)), 24)),
+    Row("open /proc/<victim>/mem", _OR_FILES, lambda t: _file(f"/proc/{t.victim}/mem")),
+    Row("open own /proc/self/mem", _OR_FILES, lambda _: _file("/proc/self/mem"), surely=False),
+    Row("truncate", _OR_TRUNCATE, lambda t: _sys("truncate", _text(f"{t.files}/kept"), 0)),
+    Row("unlink", _OR_FILES, lambda t: _sys("unlinkat", _AT_FDCWD, _text(f"{t.files}/removed"), 0)),
+    Row("mkdir", _OR_FILES, lambda t: _sys("mkdirat", _AT_FDCWD, _text(f"{t.files}/made"), 0o700)),
     Row("chmod", _ONLY_SECCOMP, lambda t: _sys("fchmodat", _AT_FDCWD, _text(f"{t.files}/kept"), 0o600)),
     Row("stat", _ONLY_SECCOMP, lambda _: _sys("newfstatat", _AT_FDCWD, _text("/etc"), _at(bytes(256)), 0)),
-    Row("chroot", _SECCOMP_AND_BASE, lambda _: _sys("chroot", _text("/"))),
-    Row("mount", _ALL, lambda _: _sys("mount", _text("none"), _text("/mnt"), _text("tmpfs"), 0, 0)),
+    Row("chroot", _OR_CAPABILITIES, lambda _: _sys("chroot", _text("/"))),
+    Row(
+        "mount", _OR_FILES_OR_CAPABILITIES, lambda _: _sys("mount", _text("none"), _text("/mnt"), _text("tmpfs"), 0, 0)
+    ),
     # network
     Row("socket inet stream", _ONLY_SECCOMP, lambda _: _sys("socket", 2, 1, 0)),
     Row("socket inet datagram", _ONLY_SECCOMP, lambda _: _sys("socket", 2, 2, 0)),
     Row("socket unix", _ONLY_SECCOMP, lambda _: _sys("socket", 1, 1, 0)),
     Row("socket netlink", _ONLY_SECCOMP, lambda _: _sys("socket", 16, 3, 0)),
-    Row("socket packet", _SECCOMP_AND_BASE, lambda _: _sys("socket", 17, 3, 0)),
-    Row("bind tcp", _BOTH, lambda t: _sys("bind", t.fds["bind"], _inet(0), 16)),
-    Row("connect tcp", _BOTH, lambda t: _sys("connect", t.fds["connect"], _inet(t.port), 16)),
-    Row("connect abstract unix", _BOTH, lambda t: _unix(t, b"\0" + t.abstract.encode())),
+    Row("socket packet", _OR_CAPABILITIES, lambda _: _sys("socket", 17, 3, 0)),
+    Row("bind tcp", _OR_NETWORK, lambda t: _sys("bind", t.fds["bind"], _inet(0), 16)),
+    Row("connect tcp", _OR_NETWORK, lambda t: _sys("connect", t.fds["connect"], _inet(t.port), 16)),
+    Row("connect abstract unix", _OR_SCOPES, lambda t: _unix(t, b"\0" + t.abstract.encode())),
     Row("connect unix by path", _ONLY_SECCOMP, lambda t: _unix(t, f"{t.files}/listener".encode() + b"\0")),
     # code
-    Row("execve", _BOTH, lambda _: _sys("execve", _text("/bin/true"), 1, 0)),
+    Row("execve", _OR_FILES, lambda _: _sys("execve", _text("/bin/true"), 1, 0)),
     Row("memfd_create and execveat", _ONLY_SECCOMP, _exec_memfd),
     Row("mmap executable", _ONLY_SECCOMP, lambda _: _anonymous(5)),
-    Row("mmap writable and executable", _SECCOMP_AND_BASE, lambda _: _anonymous(7)),
+    Row("mmap writable and executable", _OR_MDWE, lambda _: _anonymous(7)),
     Row("mmap a received memfd as code", _ONLY_SECCOMP, lambda t: _sys("mmap", 0, _PAGE, 5, 2, t.fds["memfd"], 0)),
-    Row("mprotect to executable", _SECCOMP_AND_BASE, _mprotect),
+    Row("mprotect to executable", _OR_MDWE, _mprotect),
     # processes
     Row("fork", _ONLY_SECCOMP, lambda _: _fork("clone", _SIGCHLD, 0, 0, 0, 0), but=("policy-template",)),
     Row("vfork", _ONLY_SECCOMP, lambda _: _fork("clone", 0x4000 | _SIGCHLD, 0, 0, 0, 0)),
@@ -219,22 +239,22 @@ ROWS = (
         surely=False,
     ),
     Row("clone3", _ONLY_SECCOMP, lambda _: _fork("clone3", _at(struct.pack("<8Q", 0, 0, 0, 0, _SIGCHLD, 0, 0, 0)), 64)),
-    Row("kill the agent", _BOTH, lambda t: _sys("kill", t.agent, 0)),
+    Row("kill the agent", _OR_SCOPES, lambda t: _sys("kill", t.agent, 0)),
     # The kernel answers 0 for -1 and for a group whatever a security module said of each process.
     Row("kill everyone", _ONLY_SECCOMP, lambda _: _sys("kill", 2**64 - 1, 0)),
     Row("kill the group", _ONLY_SECCOMP, lambda _: _sys("kill", 0, 0)),
-    Row("tkill", _BOTH, lambda t: _sys("tkill", t.victim, 0)),
-    Row("tgkill", _BOTH, lambda t: _sys("tgkill", t.victim, t.victim, 0)),
-    Row("rt_sigqueueinfo", _BOTH, lambda t: _queue("rt_sigqueueinfo", t.victim)),
-    Row("rt_tgsigqueueinfo", _BOTH, lambda t: _queue("rt_tgsigqueueinfo", t.victim, t.victim)),
+    Row("tkill", _OR_SCOPES, lambda t: _sys("tkill", t.victim, 0)),
+    Row("tgkill", _OR_SCOPES, lambda t: _sys("tgkill", t.victim, t.victim, 0)),
+    Row("rt_sigqueueinfo", _OR_SCOPES, lambda t: _queue("rt_sigqueueinfo", t.victim)),
+    Row("rt_tgsigqueueinfo", _OR_SCOPES, lambda t: _queue("rt_tgsigqueueinfo", t.victim, t.victim)),
     Row("pidfd_open", _ONLY_SECCOMP, lambda t: _sys("pidfd_open", t.victim, 0)),
-    Row("pidfd_send_signal", _BOTH, lambda t: _sys("pidfd_send_signal", t.fds["pidfd"], 0, 0, 0)),
-    Row("pidfd_getfd", _BOTH, lambda t: _sys("pidfd_getfd", t.fds["pidfd"], 0, 0)),
+    Row("pidfd_send_signal", _OR_SCOPES, lambda t: _sys("pidfd_send_signal", t.fds["pidfd"], 0, 0, 0)),
+    Row("pidfd_getfd", _OR_FILES, lambda t: _sys("pidfd_getfd", t.fds["pidfd"], 0, 0)),
     Row("fcntl F_SETOWN", _ONLY_SECCOMP, lambda t: _sys("fcntl", t.fds["unix"], 8, t.victim)),
-    Row("ptrace", _BOTH, lambda t: _sys("ptrace", 0x4206, t.victim, 0, 0)),
-    Row("process_vm_readv", _BOTH, lambda t: _vm("process_vm_readv", t)),
-    Row("process_vm_writev", _BOTH, lambda t: _vm("process_vm_writev", t)),
-    Row("kcmp", _BOTH, lambda t: _sys("kcmp", os.getpid(), t.victim, 1, 0, 0), surely=False),
+    Row("ptrace", _OR_FILES, lambda t: _sys("ptrace", 0x4206, t.victim, 0, 0)),
+    Row("process_vm_readv", _OR_FILES, lambda t: _vm("process_vm_readv", t)),
+    Row("process_vm_writev", _OR_FILES, lambda t: _vm("process_vm_writev", t)),
+    Row("kcmp", _OR_FILES, lambda t: _sys("kcmp", os.getpid(), t.victim, 1, 0, 0), surely=False),
     Row("prlimit of another", _ONLY_SECCOMP, lambda t: _sys("prlimit64", t.victim, 7, 0, _at(bytes(16)))),
     Row("prlimit of its own, to change it", _ONLY_SECCOMP, lambda _: _sys("prlimit64", 0, 4, _at(bytes(16)), 0)),
     Row(
