@@ -20,7 +20,7 @@ from agent.errors import ConfigError, VerificationError
 from agent.policy.bundle import MANIFEST_FILE, MAX_UNPACKED_BYTES, Bundle, data_tree, read_archive, read_manifest
 from agent.policy.signature import SIGNATURES_FILE, sign_files
 
-__all__ = ["build", "sign"]
+__all__ = ["archive", "build", "sign"]
 
 _DATA_FILES = {"data.json", "data.yaml"}
 
@@ -55,7 +55,7 @@ def build(rego_dir: Path, policies_dir: Path, revision: str) -> bytes:
     roots = [root for source in (code, data) for root in read_manifest(source.get(MANIFEST_FILE, b"{}")).roots]
     manifest = {"revision": revision, "roots": sorted(roots), "rego_version": 1}
     files[MANIFEST_FILE] = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
-    bundle = _archive(files)
+    bundle = archive(files)
     Bundle.from_bytes(bundle)
     return bundle
 
@@ -70,7 +70,7 @@ def sign(bundle: bytes, private_key_pem: bytes, key_id: str = "") -> bytes:
     files = read_archive(bundle)
     Bundle.from_bytes(bundle)
     files[SIGNATURES_FILE] = sign_files(files, private_key_pem, key_id)
-    return _archive(files)
+    return archive(files)
 
 
 def _read_folder(folder: Path) -> dict[str, bytes]:
@@ -94,7 +94,8 @@ def _read_folder(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def _archive(files: Mapping[str, bytes]) -> bytes:
+def archive(files: Mapping[str, bytes]) -> bytes:
+    """Pack files into a ``.tar.gz``, the same bytes each time (rule 4)."""
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path in sorted(files):

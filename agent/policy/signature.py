@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from agent.errors import ConfigError, VerificationError
 from agent.policy.documents import Document, hashable_form, parse_json
 
-__all__ = ["SIGNATURES_FILE", "sign_files", "verify_files"]
+__all__ = ["SIGNATURES_FILE", "load_crypto", "sign_files", "verify_files"]
 
 SIGNATURES_FILE = ".signatures.json"
 _CHECK = "bundle-signature"
@@ -119,6 +119,15 @@ def verify_files(files: Mapping[str, bytes], trusted_keys: Sequence[bytes]) -> N
             raise VerificationError(_CHECK, f"{path} is signed with {entry.algorithm[:20]!r}, not SHA-256")
         if entry.hash != _digest(path, files[path]):
             raise VerificationError(_CHECK, f"{path} is not what was signed")
+
+
+def load_crypto() -> None:
+    """Verify a throw-away signature, so that what ``cryptography`` imports at first use is imported before a sandbox."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    verify_files({SIGNATURES_FILE: sign_files({}, private)}, [public])
 
 
 def _verified(token: str, keys: Sequence[ec.EllipticCurvePublicKey]) -> bytes:
