@@ -25,7 +25,7 @@ from agent.errors import VerificationError
 from agent.inference.inspection import GateReport
 from agent.inference.manifest import ModelManifest
 from agent.inference.operators import ALLOWED_DOMAINS, ALLOWED_OPERATORS, MAX_OPSET
-from agent.inference.weights import Weights
+from agent.inference.weights import Weights, text
 from agent.records import TensorSpec
 
 __all__ = [
@@ -97,7 +97,7 @@ def check_model(data: bytes, sizes: Mapping[str, int], manifest: ModelManifest) 
     Raises:
         VerificationError: ``model-size``, ``onnx-format``, ``ir-version``, ``opset``, ``training``, ``functions``,
             ``depth``, ``node-count``, ``name-length``, ``operands``, ``attributes``, ``operator``, ``tensor-type``,
-            ``tensor-shape``, ``tensor-size``, ``external-data``, ``model-inputs`` or ``model-outputs``.
+            ``tensor-shape``, ``tensor-size``, ``external-data``, ``text-encoding``, ``model-inputs`` or ``model-outputs``.
     """
     # 1. A format and operator sets that we know.
     model = parse_model(data)
@@ -128,14 +128,14 @@ def check_model(data: bytes, sizes: Mapping[str, int], manifest: ModelManifest) 
     )
 
 
-def _domain(domain: str) -> str:
-    return "" if domain == "ai.onnx" else domain
+def _domain(domain: str | bytes) -> str:
+    return "" if domain == "ai.onnx" else text(domain)
 
 
 def _functions(model: Any) -> dict[tuple[str, str], Any]:  # noqa: ANN401 -- onnx has no types
     if len(model.functions) > MAX_FUNCTIONS:
         raise VerificationError("functions", f"{len(model.functions)} functions, more than {MAX_FUNCTIONS}")
-    functions = {(_domain(function.domain), function.name): function for function in model.functions}
+    functions = {(_domain(function.domain), text(function.name)): function for function in model.functions}
     if len(functions) != len(model.functions):
         raise VerificationError("functions", "two functions have one name")
     for (domain, name), function in functions.items():
@@ -210,7 +210,7 @@ class _Walk:
         return calls
 
     def _node(self, node: Any, depth: int) -> Counter[tuple[str, str]]:  # noqa: ANN401 -- onnx has no types
-        key = (_domain(node.domain), node.op_type)
+        key = (_domain(node.domain), text(node.op_type))
         if node.overload or (key not in ALLOWED_OPERATORS and key not in self._functions):
             raise VerificationError("operator", f"{key[0][:80] or 'ai.onnx'}:{key[1][:80]} is not allowed")
         if max(len(node.input), len(node.output)) > MAX_OPERANDS:
@@ -258,7 +258,7 @@ def _spec(check: str, info: Any) -> TensorSpec:  # noqa: ANN401 -- onnx has no t
     if not info.type.HasField("tensor_type") or datatype is None or not kind.HasField("shape"):
         raise VerificationError(check, f"{info.name[:80]!r} must be a tensor of a served datatype with a known rank")
     shape = tuple(dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else -1 for dim in kind.shape.dim)
-    return TensorSpec(info.name, datatype, shape)
+    return TensorSpec(text(info.name), datatype, shape)
 
 
 def _check_interface(check: str, graph: Sequence[TensorSpec], stated: Sequence[TensorSpec], *, whole: bool) -> None:

@@ -17,7 +17,7 @@ import onnx
 
 from agent.errors import VerificationError
 
-__all__ = ["MAX_ELEMENTS", "MAX_RANK", "MAX_TENSORS", "Weights"]
+__all__ = ["MAX_ELEMENTS", "MAX_RANK", "MAX_TENSORS", "Weights", "text"]
 
 MAX_TENSORS = 100_000
 MAX_ELEMENTS = 1 << 33  # of one tensor
@@ -83,7 +83,7 @@ class Weights:
     def _check_external(self, tensor: Any, size: int) -> None:  # noqa: ANN401 -- onnx has no types
         name = tensor.name[:80]
         # 1. Each key once: readers differ in which of two they take.
-        entries = {entry.key: entry.value for entry in tensor.external_data}
+        entries = {text(entry.key): text(entry.value) for entry in tensor.external_data}
         if len(entries) != len(tensor.external_data) or not entries.keys() <= _EXTERNAL_KEYS:
             raise VerificationError("external-data", f"{name!r} has keys twice or unknown ones")
         # 2. A listed file.
@@ -97,6 +97,17 @@ class Weights:
         if int(length) != size or int(offset) + size > self._sizes[location]:
             raise VerificationError("external-data", f"{name!r}: {size} bytes at {offset} don't lie inside {location}")
         self.external.add(location)
+
+
+def text(value: str | bytes) -> str:
+    """Return a string field; protobuf hands one that is not UTF-8 over as bytes.
+
+    Raises:
+        VerificationError: ``text-encoding``.
+    """
+    if isinstance(value, bytes):
+        raise VerificationError("text-encoding", f"{value[:80]!r} is not UTF-8")
+    return value
 
 
 def _size(tensor: Any, count: int) -> int:  # noqa: ANN401 -- onnx has no types

@@ -1,13 +1,18 @@
 """The inspector in its real sandbox, on real and hostile models."""
 
+import json
+
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper
 
+from agent.cli.model import command
 from agent.errors import VerificationError
 from agent.inference.inspection import inspect
 from agent.inference.package import read_package
+from agent.isolation.sandbox import probe
 from agent.isolation.supervisor import Zygote
-from tests.support.models import write_magika, write_orientation, write_tiny
+from tests.support.models import new_key, public_pem, sign_directory, write_magika, write_orientation, write_tiny
 
 pytestmark = pytest.mark.integration
 
@@ -119,3 +124,15 @@ async def test_a_million_nodes_do_not_harm_the_agent(zygote, tmp_path):
     with pytest.raises(VerificationError) as caught:
         await _inspect(zygote, directory)
     assert caught.value.check in {"node-count", "inspector", "onnx-format", "opset"}
+
+
+@pytest.mark.skipif(bool(probe().missing), reason="the kernel lacks a layer of the sandbox, which the command demands")
+def test_verify_inspects_on_demand(tmp_path):
+    """``edgewarden model verify --inspect`` runs gate and trial in a sandbox of its own."""
+    key = new_key()
+    (tmp_path / "pub.pem").write_bytes(public_pem(key))
+    directory = sign_directory(write_tiny(tmp_path / "tiny", external=True), key)
+    arguments = ["verify", str(directory), "--trust", str(tmp_path / "pub.pem"), "--inspect", "--json"]
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["inspection"]["gate"]["nodes"] == 3

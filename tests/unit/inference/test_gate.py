@@ -270,6 +270,13 @@ def test_bytes_that_are_no_model_are_refused(data):
     assert _refusal(data) == "onnx-format"
 
 
+@pytest.mark.parametrize("word", [b"Relu", b"weights/data.bin", b"location", b"\x01x"])
+def test_text_that_is_not_utf_8_is_refused(word):
+    """Protobuf hands such text over as bytes; it is refused wherever it stands."""
+    damaged = EXTERNAL.SerializeToString().replace(word, word[:-1] + b"\xff")
+    assert _refusal(damaged) == "text-encoding"
+
+
 def test_nesting_past_the_parsers_own_limit_is_refused():
     """Subgraphs a hundred deep end in the parser, by name, not in the stack."""
     inner = b""
