@@ -65,6 +65,7 @@ _MAX_DATA_BYTES = 2 * _LENGTH.size + _DIGEST_FIELD_BYTES + MAX_PATH_BYTES + 1
 MAX_ENTRY_BYTES = _HEADER.size + len(_TEMPLATE) + _LENGTH.size + _MAX_DATA_BYTES
 
 _CONFIG = "edgewarden/config"
+_PATH = re.compile(r"[!-~]+")
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _FILE = re.compile(r"[!-.0-~]+(?:/[!-.0-~]+)*")  # printable ASCII without spaces, no empty part
 _NOTHING = hashlib.sha256(b"").digest()
@@ -193,8 +194,8 @@ def _read_template(data: bytes) -> Entry:
     path = data[path_at:-1].decode("ascii", "replace")
     entry = Entry(path, data[digest_at : digest_at + PCR_BYTES])
     # Building it again and comparing checks every length, the algorithm's name and the terminators at once.
-    if not path.isascii() or not path or entry.template_data() != data:
-        raise _refuse("an entry's data is not a SHA-256 digest and an ASCII path")
+    if not _PATH.fullmatch(path) or entry.template_data() != data:
+        raise _refuse("an entry's data is not a SHA-256 digest and a printable path")
     return entry
 
 

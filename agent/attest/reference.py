@@ -13,6 +13,7 @@ import msgspec
 from agent.attest.evidence import HexDigest
 from agent.attest.measurement import ALLOWED_PCRS, ZERO_PCR
 from agent.errors import ConfigError
+from agent.records import JsonValue, canonical
 
 __all__ = ["MAX_REFERENCE_BYTES", "BootRule", "Measurement", "PolicyReference", "ReferenceValues"]
 
@@ -67,8 +68,9 @@ class ReferenceValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: Literal[1] = 1
 
     def encode(self) -> bytes:
-        """Return them as JSON with sorted sets and keys."""
-        return msgspec.json.encode(self, order="deterministic")
+        """Return them as canonical JSON with sorted sets."""
+        plain: JsonValue = msgspec.to_builtins(self, str_keys=True, order="deterministic")
+        return canonical(plain)
 
     @classmethod
     def decode(cls, data: bytes) -> ReferenceValues:

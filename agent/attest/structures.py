@@ -215,9 +215,9 @@ def parse_signature(data: bytes) -> Signature:
     """Parse a TPMT_SIGNATURE.
 
     Raises:
-        VerificationError: ``encoding``; ``signature-scheme`` for anything but ECDSA over SHA-256.
+        VerificationError: ``signature-scheme``, for anything but a well-formed ECDSA signature over SHA-256.
     """
-    reader = _Reader(data, MAX_SIGNATURE_BYTES, "TPMT_SIGNATURE")
+    reader = _Reader(data, MAX_SIGNATURE_BYTES, "TPMT_SIGNATURE", "signature-scheme")
     scheme, digest = reader.number(2), reader.number(2)
     if (scheme, digest) != (_ALG_ECDSA, ALG_SHA256):
         raise VerificationError("signature-scheme", f"{scheme:#x} over {digest:#x} is not ECDSA over SHA-256")
