@@ -105,14 +105,16 @@ class ProgramSpec:
     """An external program under supervision: own user, limits, no new privileges, no sandbox; it dies with the agent.
 
     Attributes:
-        argv: an absolute path, then the arguments.
+        argv: an absolute path, then the arguments; ``{fd:NAME}`` in one becomes the path of that descriptor.
         limits: address space and descriptors.
         env: its whole environment.
+        fds: descriptors by name, inherited; the caller keeps its own.
     """
 
     argv: Sequence[str]
     limits: Limits
     env: Mapping[str, str] = field(default_factory=dict)
+    fds: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +223,9 @@ class Zygote:
         Raises:
             IsolationError: the zygote is gone, or the program cannot be run.
         """
-        process, _ = await self._request(ProgramRequest(tuple(spec.argv), dict(spec.env), spec.limits), [])
+        process, _ = await self._request(
+            ProgramRequest(tuple(spec.argv), dict(spec.env), spec.limits, tuple(spec.fds)), list(spec.fds.values())
+        )
         return process
 
     def adopt(self, pid: int) -> ProcessHandle:
