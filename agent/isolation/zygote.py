@@ -47,6 +47,7 @@ from agent.isolation.wire import (
 
 __all__ = ["main"]
 
+_PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
 _REQUEST = msgspec.json.Decoder(Request)
 
@@ -69,6 +70,7 @@ def main(options: ZygoteOptions) -> None:
     if (threads := sandbox.thread_count()) != 1:
         channel.send(_encode(Failed(f"{threads} threads run after the imports; a fork server must have one")))
         return
+    prctl(_PR_SET_DUMPABLE, 0)  # no process of this user looks inside, or inside a child before its sandbox
     # 4. what is alive now is never collected, so children share its pages
     gc.collect()
     gc.freeze()
