@@ -45,7 +45,7 @@ from agent.daemon.provision import (
     spki_sha256,
     trust_store,
 )
-from agent.errors import EdgeWardenError, TpmError, VerificationError
+from agent.errors import EdgeWardenError, HostError, TpmError, VerificationError
 from agent.flows.attestation import AttestationFlow
 from agent.flows.dataplane import Dataplane
 from agent.flows.models import ModelKeeper
@@ -59,7 +59,7 @@ from agent.isolation.supervisor import Zygote
 from agent.policy.client import PolicyClient
 from agent.policy.opa_server import OpaProgram
 from agent.policy.pool import PolicyPool
-from agent.records import AuditEvent
+from agent.records import AuditEvent, JsonValue
 
 __all__ = ["PRELOAD", "run"]
 
@@ -110,7 +110,8 @@ class _Agent:
         self._listeners = listeners
         self._zygote = zygote
         self._state = Path(settings.node.state_dir)
-        self._notifier = Notifier(environment.notify_socket, environment.watchdog_usec)
+        self._notifier = Notifier(environment.notify_socket)
+        self._watchdog_s = (environment.watchdog_usec or 0) / 2e6 or HEALTH_CHECK_S
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -198,7 +199,7 @@ class _Agent:
             log=log,
             audit=audit,
             inference_spki_sha256=spki_sha256("inference.certificate", certificate),
-            posture_source=lambda: posture(self._state),
+            posture_source=lambda: _flat(posture(self._state)),
         )
         return node
 
@@ -213,6 +214,13 @@ class _Agent:
             await self._serve(stack, health_application(node.health, node.metrics), self._listeners.metrics)
         await node.policies.start(Path(settings.policy.bundle))
         node.health.report("enforcing", holds=True, why=f"policy {node.policies.status()['revision']}")
+        store = Path(settings.models.store)
+        try:
+            store.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HostError(f"models.store: {store}: {error.strerror}") from error
+        # Before the packages are read, so that no change is missed in between.
+        watcher = StoreWatcher(store, lambda name, version: self._look_again(node, tasks, name, version))
         await node.models.scan()
         running.append(tasks.create_task(node.dataplane.run()))
         await node.dataplane.wait_ready()
@@ -220,15 +228,12 @@ class _Agent:
         if settings.control and self._listeners.control:
             context, spki = _control_tls(settings.control)
             await self._serve(stack, evidence_application(node, spki), self._listeners.control, context)
-        watcher = StoreWatcher(
-            Path(settings.models.store), lambda name, version: self._look_again(node, tasks, name, version)
-        )
-        watcher.start()
-        stack.callback(watcher.stop)
+        running.append(tasks.create_task(watcher.run()))
         running.append(tasks.create_task(self._check_tpm(node)))
         running.append(tasks.create_task(self._keep_alive(node)))
         host, port = self._listeners.inference.getsockname()[:2]
-        self._notifier.ready(f"serving on {host}:{port}")
+        self._notifier.ready()
+        self._notifier.status(f"serving on {host}:{port}")
         _log.info("serving", address=host, port=port, models=len(node.dataplane.models))
 
     async def _serve(
@@ -275,7 +280,7 @@ class _Agent:
                 if holds
             ]
             node.health.detail("crash_loops", list(loops))
-            await asyncio.sleep(HEALTH_CHECK_S)
+            await asyncio.sleep(min(self._watchdog_s, HEALTH_CHECK_S))
 
     async def _shut_down(self, node: Node) -> None:
         self._notifier.stopping()
@@ -303,6 +308,11 @@ def _control_tls(control: ControlSettings) -> tuple[ssl.SSLContext, str]:
     context.load_verify_locations(cadata=read_pem("control.client_ca", control.client_ca).decode())
     context.verify_mode = ssl.CERT_REQUIRED
     return context, spki_sha256("control.certificate", certificate)
+
+
+def _flat(facts: dict[str, JsonValue]) -> dict[str, str | int | bool]:
+    """Leave the facts that Evidence can carry: it has no lists."""
+    return {name: value for name, value in facts.items() if isinstance(value, str | int)}
 
 
 def _boot_id() -> str:
