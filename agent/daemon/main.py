@@ -41,11 +41,12 @@ from agent.daemon.provision import (
     child_user,
     gateway_spec,
     lock_state,
+    make_directory,
     read_pem,
     spki_sha256,
     trust_store,
 )
-from agent.errors import EdgeWardenError, HostError, TpmError, VerificationError
+from agent.errors import EdgeWardenError, TpmError, VerificationError
 from agent.flows.attestation import AttestationFlow
 from agent.flows.dataplane import Dataplane
 from agent.flows.models import ModelKeeper
@@ -164,7 +165,8 @@ class _Agent:
             total_deadline_s=total_s,
         )
         stack.push_async_callback(pool.close)
-        client = PolicyClient(lambda worker: workers.overrun(worker), deadline_s=deadline_s, total_deadline_s=total_s)
+        # The subscription that answers for overruns exists only once there is a client to subscribe.
+        client = PolicyClient(lambda worker: workers.overrun(worker), deadline_s=deadline_s, total_deadline_s=total_s)  # noqa: PLW0108 -- bound later
         stack.callback(client.close)
         workers = pool.subscribe(client.attach)
         metrics = Metrics(health, lambda: {"audit_records": audit.head().size})
@@ -215,10 +217,7 @@ class _Agent:
         await node.policies.start(Path(settings.policy.bundle))
         node.health.report("enforcing", holds=True, why=f"policy {node.policies.status()['revision']}")
         store = Path(settings.models.store)
-        try:
-            store.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise HostError(f"models.store: {store}: {error.strerror}") from error
+        make_directory("models.store", store)
         # Before the packages are read, so that no change is missed in between.
         watcher = StoreWatcher(store, lambda name, version: self._look_again(node, tasks, name, version))
         await node.models.scan()

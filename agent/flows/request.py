@@ -169,8 +169,8 @@ class RequestFlow:
     runner: Runner
     generator: np.random.Generator
     facts: NodeFacts
-    data: PolicyData = PolicyData()
-    earlier_data: PolicyData = PolicyData()
+    data: PolicyData = field(default_factory=PolicyData)
+    earlier_data: PolicyData = field(default_factory=PolicyData)
 
     async def infer(self, caller: Caller, model: str, version: str, wire: Wire) -> Answer:
         """Answer one request.
@@ -220,7 +220,9 @@ class RequestFlow:
             data = self._data_of(answer)
             profile = data.sanitizer(answer.decision.obligations.sanitize, loaded.manifest)
             trace.sanitizer = profile.name
-            inputs = sanitize_inputs(profile, loaded.manifest, request.inputs, self.generator, trace.latency_us)
+            inputs = sanitize_inputs(
+                profile, loaded.manifest, request.inputs, generator=self.generator, latency_us=trace.latency_us
+            )
             trace.stage("sanitize")
             # 6. infer
             outputs = await self.runner.run(loaded, inputs)

@@ -17,8 +17,6 @@ import ssl
 from collections.abc import Coroutine
 from typing import Any, Final
 
-from aiohttp import web
-
 from agent import messages
 from agent.errors import IsolationError, PolicyError, VerificationError
 from agent.flows.loading import load_model
@@ -180,7 +178,7 @@ class Gateway:
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
-        self._listener.setblocking(False)  # noqa: FBT003 -- the socket's own signature
+        self._listener.setblocking(False)
         self._server = await loop.create_server(
             self._front,
             sock=self._listener,

@@ -107,7 +107,7 @@ def likely(source: random.Random) -> dict[str, Any]:
     return {"subject": subject, "action": action, "resource": resource, "request": request, "node": node}
 
 
-def hostile_value(source: random.Random) -> Any:  # noqa: ANN401 - any JSON value is the point
+def hostile_value(source: random.Random) -> Any:
     """A JSON value that a careless rule might take for something else."""
     return copy.deepcopy(source.choice(_HOSTILE))
 
