@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -175,7 +176,9 @@ class Zygote:
         prctl(_PR_SET_CHILD_SUBREAPER, 1)
         zygote = cls(ZygoteOptions(-1, os.getpid(), tuple(preload), user, sandbox_required))
         try:
-            zygote._expect_ready(zygote._channel.receive(READY_TIMEOUT_S))
+            select.select([zygote._channel.fileno()], [], [], READY_TIMEOUT_S)
+            # A timeout of 0 leaves the socket non-blocking, so a zygote that hangs never holds up the agent's loop.
+            zygote._expect_ready(zygote._channel.receive(0))
         except IsolationError:
             zygote.close()
             raise
