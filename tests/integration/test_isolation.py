@@ -207,6 +207,20 @@ async def test_a_program_runs_without_new_privileges(zygote):
         await zygote.spawn_program(ProgramSpec(["/no/such/program"], LIMITS))
 
 
+async def test_a_program_inherits_the_descriptors_that_it_is_given(zygote):
+    """A program opens a sealed memory file by the path that stands for it, after the change of user, and has no others."""
+    bundle = seal_bytes("bundle", b"measured")
+    check = """
+        [ "$(cat {fd:bundle})" = measured ] || exit 1
+        for fd in 3 4 5 6 7 8 9 10 11 12; do [ -e /proc/$$/fd/$fd ] && set -- "$@" /proc/self/fd/$fd; done
+        [ "$*" = {fd:bundle} ] || exit 2
+    """
+    path = {"PATH": "/usr/bin:/bin"}
+    program = await zygote.spawn_program(ProgramSpec(["/bin/sh", "-c", check], LIMITS, path, {"bundle": bundle.fd}))
+    bundle.close()
+    assert await program.wait() == ExitStatus(code=0)
+
+
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
 def test_the_death_of_the_zygote_costs_no_child(run, zygote):
     """When the zygote is killed its children live on, the agent notices, and a new one spawns."""
