@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
@@ -107,54 +106,9 @@ async def test_evmctl_replays_the_log(swtpm, tmp_path):
     assert evmctl(forged).returncode != 0
 
 
-_CHILD = textwrap.dedent("""
-    import asyncio, os, signal, sys
-    from pathlib import Path
-    from agent.attest import log as log_module
-    from agent.attest.log import MeasurementLog
-    from agent.attest.measurement import model_entry
-    from agent.attest.tpm import Tpm, TpmThread
-
-    tcti, folder, point = sys.argv[1:]
-    real_write, real_fsync, real_extend = os.write, os.fsync, Tpm.extend
-
-    def die(*_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def torn(fd, data):
-        real_write(fd, data[: len(data) // 2])
-        die()
-
-    def extend_and_die(self, pcr, data):
-        real_extend(self, pcr, data)
-        die()
-
-    async def main():
-        log = await MeasurementLog.open(TpmThread(tcti), Path(folder), 14)
-        await log.append(model_entry("m", "1", "first", bytes(32)))
-        if point == "before-write":
-            os.write = die
-        elif point == "torn-write":
-            os.write = torn
-        elif point == "before-fsync":
-            os.fsync = die
-        elif point == "before-extend":
-            Tpm.extend = die
-        elif point == "after-extend":
-            Tpm.extend = extend_and_die
-        else:
-            for at in range(10_000):
-                print(at, flush=True)
-                await log.append(model_entry("m", "1", f"file-{at}", bytes(32)))
-        await log.append(model_entry("m", "1", "second", bytes(32)))
-
-    asyncio.run(main())
-""")
-
-
 def _start_child(swtpm, folder, point):
     return subprocess.Popen(
-        [sys.executable, "-c", _CHILD, swtpm.tcti, str(folder), point],
+        [sys.executable, "-m", "tests.support.measuring_agent", swtpm.tcti, str(folder), point],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
