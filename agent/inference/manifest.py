@@ -109,6 +109,11 @@ class ModelManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Return the image modality, when the model has one."""
         return self.modality if isinstance(self.modality, ImageModality) else None
 
+    @property
+    def allow_nonfinite(self) -> bool:
+        """Whether NaN and infinities may come in."""
+        return isinstance(self.modality, TensorModality) and self.modality.allow_nonfinite
+
     def input_spec(self, name: str) -> TensorSpec | None:
         """Return the named input."""
         return next((spec for spec in self.inputs if spec.name == name), None)

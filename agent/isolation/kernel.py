@@ -62,6 +62,7 @@ NUMBERS: dict[str, tuple[int, int | None]] = {
     "landlock_add_rule": (445, 445),
     "landlock_create_ruleset": (444, 444),
     "landlock_restrict_self": (446, 446),
+    "listen": (50, 201),
     "lseek": (8, 62),
     "madvise": (28, 233),
     "mmap": (9, 222),

@@ -39,12 +39,17 @@ class ProcessHandle:
     """
 
     def __init__(self, pid: int, on_exit: Callable[["ProcessHandle"], None] | None = None) -> None:
-        self.pid = pid
+        self._pid = pid
         self.pidfd = os.pidfd_open(pid)
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
         self._exit: asyncio.Future[ExitStatus] = self._loop.create_future()
         self._loop.add_reader(self.pidfd, self._ended)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._pid
 
     @property
     def status(self) -> ExitStatus | None:

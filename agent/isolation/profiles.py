@@ -67,7 +67,7 @@ _COMMON_CONDITIONAL = (
 _COMMON = _plain(
     """
     read write readv writev pread64 lseek fstat close dup
-    sendto sendmsg recvfrom recvmsg shutdown getsockopt
+    sendto sendmsg recvfrom recvmsg shutdown getsockopt getsockname getpeername
     poll ppoll select pselect6
     brk munmap mremap madvise
     futex set_robust_list rseq sched_yield sched_getaffinity getcpu
@@ -87,7 +87,7 @@ _STACK_FILTER = Call("seccomp", ((Condition(0, (_SECCOMP_SET_MODE_FILTER,)), Con
 _EVENT_LOOP = _plain(
     """
     epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2 timerfd_create timerfd_settime pipe2
-    accept accept4 getsockname getpeername
+    accept accept4 listen
     """
 )
 _SETSOCKOPT = Call(
@@ -142,7 +142,7 @@ def _with_tcp(calls: list[Call]) -> list[Call]:
         Condition(2, (_IPPROTO_IP, _IPPROTO_TCP)),
     )
     added = {call.name: call for call in (Call("socket", (tcp,)), Call("connect"), _SETSOCKOPT, *_EVENT_LOOP)}
-    for name in ("accept", "accept4"):
+    for name in ("accept", "accept4", "listen"):
         del added[name]
     present = {call.name for call in calls}
     return [

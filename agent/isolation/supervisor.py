@@ -15,23 +15,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Never
 
 import msgspec
-import structlog
 
 from agent.errors import IsolationError
-from agent.isolation.backoff import Backoff
 from agent.isolation.channel import Channel, Frame, channel_pair
+from agent.isolation.keeper import Backoff, Keeper, ignore
 from agent.isolation.kernel import prctl
 from agent.isolation.process import ExitStatus, ProcessHandle
 from agent.isolation.sandbox import Limits, Profile, SandboxReport
@@ -64,7 +63,6 @@ READY_TIMEOUT_S = 60.0
 SPAWN_TIMEOUT_S = 30.0
 _PR_SET_CHILD_SUBREAPER = 36
 _STATUS = msgspec.json.Decoder(Status)
-_log = structlog.get_logger(__name__)
 
 # What the zygote and all children see of the environment: nothing of the agent's.
 _ENVIRONMENT = {
@@ -107,14 +105,16 @@ class ProgramSpec:
     """An external program under supervision: own user, limits, no new privileges, no sandbox; it dies with the agent.
 
     Attributes:
-        argv: an absolute path, then the arguments.
+        argv: an absolute path, then the arguments; ``{fd:NAME}`` in one becomes the path of that descriptor.
         limits: address space and descriptors.
         env: its whole environment.
+        fds: descriptors by name, inherited; the caller keeps its own.
     """
 
     argv: Sequence[str]
     limits: Limits
     env: Mapping[str, str] = field(default_factory=dict)
+    fds: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,9 @@ class Zygote:
         prctl(_PR_SET_CHILD_SUBREAPER, 1)
         zygote = cls(ZygoteOptions(-1, os.getpid(), tuple(preload), user, sandbox_required))
         try:
-            zygote._expect_ready(zygote._channel.receive(READY_TIMEOUT_S))
+            select.select([zygote._channel.fileno()], [], [], READY_TIMEOUT_S)
+            # A timeout of 0 leaves the socket non-blocking, so a zygote that hangs never holds up the agent's loop.
+            zygote._expect_ready(zygote._channel.receive(0))
         except IsolationError:
             zygote.close()
             raise
@@ -221,7 +223,9 @@ class Zygote:
         Raises:
             IsolationError: the zygote is gone, or the program cannot be run.
         """
-        process, _ = await self._request(ProgramRequest(tuple(spec.argv), dict(spec.env), spec.limits), [])
+        process, _ = await self._request(
+            ProgramRequest(tuple(spec.argv), dict(spec.env), spec.limits, tuple(spec.fds)), list(spec.fds.values())
+        )
         return process
 
     def adopt(self, pid: int) -> ProcessHandle:
@@ -230,7 +234,7 @@ class Zygote:
         Raises:
             IsolationError: it is no child of this process, or is held already.
         """
-        if pid in self._held:
+        if pid in self._held or pid == self._process.pid:
             raise IsolationError(f"process {pid} is held already")
         try:
             # Peeks: answers for a child, dead or alive, and leaves it as it is.
@@ -239,14 +243,16 @@ class Zygote:
         except OSError as error:
             raise IsolationError(f"process {pid} is no child of the agent") from error
 
-    async def run(self, on_death: Callable[[ExitStatus], None] = lambda _: None) -> Never:
+    async def run(
+        self, on_death: Callable[[ExitStatus], None] = ignore, on_start: Callable[[ProcessHandle], None] = ignore
+    ) -> Never:
         """Watch the zygote and exec a new one when it died; children that live are not touched. Needs the main thread.
 
         Args:
             on_death: told of each death, before the next start.
+            on_start: told when a zygote serves, this one included.
         """
-        keeper = Keeper("zygote", self._relaunch)
-        await keeper.run(on_death=on_death)
+        await Keeper("zygote", self._relaunch).run(on_death, on_start)
 
     def close(self) -> None:
         """End the zygote and wait for it; its children live on."""
@@ -317,6 +323,7 @@ class Zygote:
         except BaseException:
             if process is not None:
                 process.kill()
+                await process.wait()
             raise
         finally:
             status.close()
@@ -343,45 +350,6 @@ class Zygote:
             except ChildProcessError:
                 if group != self._process.pid:
                     self._groups.discard(group)
-
-
-class Keeper:
-    """Keeps one process running: starts it, waits for its end, backs off, starts it again.
-
-    Args:
-        name: for the log.
-        start: gives a running process, or raises ``IsolationError``, which counts as a death.
-    """
-
-    def __init__(self, name: str, start: Callable[[], Awaitable[ProcessHandle | ChildHandle]]) -> None:
-        self._name = name
-        self._start = start
-        self._backoff = Backoff()
-        self.starts = 0
-
-    @property
-    def crash_loop(self) -> bool:
-        """Whether it died five times within the last 30 s."""
-        return self._backoff.crash_loop(time.monotonic())
-
-    async def run(self, *, on_death: Callable[[ExitStatus], None] = lambda _: None) -> Never:
-        """Do it until cancelled; a process that runs then is the caller's to end.
-
-        Args:
-            on_death: told of each end, before the next start.
-        """
-        while True:
-            began = time.monotonic()
-            try:
-                process = await self._start()
-                self.starts += 1
-                status = await process.wait()
-                _log.warning("process_ended", process=self._name, pid=process.pid, status=str(status))
-                on_death(status)
-            except IsolationError as error:
-                _log.error("process_start_failed", process=self._name, error=str(error))
-            now = time.monotonic()
-            await asyncio.sleep(self._backoff.died(now, now - began))
 
 
 def _decode(frames: list[Frame] | None) -> Status | None:

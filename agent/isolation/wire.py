@@ -56,11 +56,12 @@ class EntryRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=
 
 
 class ProgramRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="program"):
-    """Fork a child that becomes an external program."""
+    """Fork a child that becomes an external program; it inherits the descriptors ``fds``, by name."""
 
     argv: tuple[str, ...]
     env: dict[str, str]
     limits: Limits
+    fds: tuple[str, ...] = ()
 
 
 Request = EntryRequest | ProgramRequest

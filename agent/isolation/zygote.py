@@ -47,6 +47,7 @@ from agent.isolation.wire import (
 
 __all__ = ["main"]
 
+_PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
 _REQUEST = msgspec.json.Decoder(Request)
 
@@ -69,6 +70,7 @@ def main(options: ZygoteOptions) -> None:
     if (threads := sandbox.thread_count()) != 1:
         channel.send(_encode(Failed(f"{threads} threads run after the imports; a fork server must have one")))
         return
+    prctl(_PR_SET_DUMPABLE, 0)  # no process of this user looks inside, or inside a child before its sandbox
     # 4. what is alive now is never collected, so children share its pages
     gc.collect()
     gc.freeze()
@@ -87,7 +89,7 @@ def _serve(options: ZygoteOptions, frame: Frame) -> None:
             case EntryRequest():
                 run = partial(_run_entry, options, request, status, frame.fds)
             case ProgramRequest():
-                run = partial(_run_program, options, request, status)
+                run = partial(_run_program, options, request, status, frame.fds)
         fork_child(options.agent_pid, run, keep=frame.fds, announce=lambda pid: status.send(_encode(Forked(pid))))
     except (IsolationError, msgspec.DecodeError) as error:
         # The agent may have given this child up and closed the socket.
@@ -132,14 +134,18 @@ def _run_entry(options: ZygoteOptions, request: EntryRequest, status: Channel, f
             status.send(_encode(Failed(reason)))
 
 
-def _run_program(options: ZygoteOptions, request: ProgramRequest, status: Channel) -> None:
+def _run_program(options: ZygoteOptions, request: ProgramRequest, status: Channel, fds: Sequence[int]) -> None:
+    argv = list(request.argv)
     try:
+        for name, fd in zip(request.fds, fds[1:], strict=True):
+            os.set_inheritable(fd, True)
+            argv = [part.replace(f"{{fd:{name}}}", f"/proc/self/fd/{fd}") for part in argv]
         _become(options)
         sandbox.set_limits(request.limits)
         prctl(_PR_SET_NO_NEW_PRIVS, 1)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
             signal.signal(number, signal.SIG_DFL)
-        os.execve(request.argv[0], request.argv, request.env)  # noqa: S606 -- the operator's program, no shell
+        os.execve(argv[0], argv, request.env)  # noqa: S606 -- the operator's program, no shell
     except OSError as error:
         status.send(_encode(Failed(f"cannot run {request.argv[0]}: {error.strerror}")))
         raise

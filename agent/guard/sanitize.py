@@ -1,0 +1,311 @@
+"""Sanitizer profiles of the policy's data, compiled once and applied to a model's inputs.
+
+Rules:
+
+1. A profile is a list of at most :data:`MAX_STEPS` steps, each with exactly its own members: ``finite``, ``clamp`` (for
+   numbers), then ``dct``, ``median``, ``jpeg`` (for pictures). What is unknown, out of range or out of this order is a
+   PolicyError when the policy is activated, never a surprise during a request.
+2. Decoded pictures get the picture steps: their values are finite and in range by nature. Tensors get the number steps; a
+   profile with picture steps on a model that takes no pictures is a PolicyError: what was asked for can't be done.
+3. A picture that a client sends as an already normalized tensor is brought back to pixels (:class:`PixelScale`),
+   sanitized as one, and normalized again; so it may not hold NaN or infinities, whatever the profile says. An empty
+   profile leaves every bit as it was.
+4. Random choices come from the caller's generator (:func:`new_generator`), seeded by the system: what an attacker could
+   predict would be no defence.
+
+Each result carries the time of every step in microseconds, for the latency split.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from agent.clock import monotonic_us
+from agent.errors import PeerError, PolicyError
+from agent.guard.filters import dct_low_pass, jpeg, median3
+from agent.guard.images import Pixels
+
+__all__ = ["MAX_STEPS", "PixelScale", "Profile", "Sanitized", "compile_profile", "compile_profiles", "new_generator"]
+
+MAX_STEPS = 8
+MAX_SIDE = 8192  # pixels of a picture sent as a tensor; JPEG itself ends at 65,535
+
+Tensor: TypeAlias = npt.NDArray[Any]
+Range: TypeAlias = tuple[float | None, float | None]
+# Grey in is grey out: JPEG keeps neutral colors neutral, so that any of the three channels is the grey one.
+_CHANNELS = {"RGB": slice(None), "BGR": slice(None, None, -1), "GRAY": slice(1)}
+_PictureStep: TypeAlias = Callable[[Pixels, np.random.Generator], Pixels]
+_TensorStep: TypeAlias = Callable[[Tensor, Range, str], Tensor]
+
+
+def new_generator() -> np.random.Generator:
+    """Return a random generator that the system's entropy seeded."""
+    return np.random.Generator(np.random.PCG64(secrets.randbits(128)))
+
+
+@dataclass(frozen=True, slots=True)
+class Sanitized:
+    """A sanitized input, and the microseconds of each step by its name."""
+
+    value: Tensor
+    steps_us: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PixelScale:
+    """How a picture's pixels became numbers: ``(low + pixel / 255 * (high - low) - mean) / std`` by channel.
+
+    ``mean`` and ``std`` have one value, or one for each channel in the order of ``color``.
+    """
+
+    layout: Literal["NCHW", "NHWC"]
+    color: Literal["RGB", "BGR", "GRAY"] = "RGB"
+    low: float = 0.0
+    high: float = 1.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def to_pixels(self, tensor: Tensor, where: str) -> Pixels:
+        """Return a batch of pictures ``[N, height, width, 3]`` in RGB, rounded to the nearest pixel value.
+
+        Raises:
+            PeerError: 400, when the tensor is not such a batch or holds NaN or infinities.
+        """
+        channels = 1 if self.color == "GRAY" else 3
+        batch = tensor.transpose(0, 2, 3, 1) if self.layout == "NCHW" and tensor.ndim == len(self.layout) else tensor
+        if (
+            batch.ndim != len(self.layout)
+            or batch.shape[3] != channels
+            or not all(0 < n <= MAX_SIDE for n in batch.shape)
+        ):
+            raise PeerError(
+                400, "image", f"{where}: not {self.layout} with {channels} channels and sides up to {MAX_SIDE}"
+            )
+        if batch.dtype != np.uint8:
+            if batch.dtype.kind != "f":
+                raise PeerError(400, "image", f"{where}: a picture holds floats or UINT8")
+            if not np.isfinite(batch).all():
+                raise _not_finite(where)
+            scale = np.array(self.std) * 255 / (self.high - self.low)
+            bias = (np.array(self.mean) - self.low) * 255 / (self.high - self.low)
+            # Far values of a 16-bit float would overflow; of a 32-bit float they end at the clip as infinities.
+            with np.errstate(over="ignore"):
+                values = np.multiply(batch, scale.astype(np.float32), dtype=np.float32) + bias.astype(np.float32)
+            batch = np.clip(np.rint(values, out=values), 0, 255, out=values).astype(np.uint8)
+        match self.color:
+            case "RGB":
+                return batch
+            case "BGR":
+                return batch[..., ::-1]
+            case "GRAY":
+                return np.repeat(batch, 3, axis=3)
+
+    def to_tensor(self, pixels: Pixels, dtype: np.dtype[Any]) -> Tensor:
+        """Return the tensor ``[N, ...]`` of a batch of pictures ``[N, height, width, 3]`` in RGB."""
+        batch: Tensor = pixels[..., _CHANNELS[self.color]]
+        if dtype != np.uint8:
+            std = np.array(self.std)
+            scale = ((self.high - self.low) / 255 / std).astype(np.float32)
+            batch = np.multiply(batch, scale, dtype=np.float32) + ((self.low - np.array(self.mean)) / std).astype(
+                np.float32
+            )
+        if self.layout == "NCHW":
+            batch = batch.transpose(0, 3, 1, 2)
+        return np.ascontiguousarray(batch, dtype=dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A compiled profile; use :func:`compile_profile`."""
+
+    name: str
+    tensor_steps: tuple[tuple[str, _TensorStep], ...]
+    picture_steps: tuple[tuple[str, _PictureStep], ...]
+
+    def picture(self, pixels: Pixels, generator: np.random.Generator) -> Sanitized:
+        """Sanitize one decoded picture ``[height, width, 3]``, uint8, RGB."""
+        return self._pictures(pixels[np.newaxis], generator, {}, first_only=True)
+
+    def tensor(self, tensor: Tensor, where: str, value_range: Range = (None, None)) -> Sanitized:
+        """Sanitize numbers; texts (BYTES) pass as they are.
+
+        Args:
+            tensor: an input that is no picture.
+            where: its place in the request, for errors.
+            value_range: least and greatest value by the model's manifest; None where it states none.
+
+        Raises:
+            PeerError: 400, from ``finite``.
+            PolicyError: the profile has steps for pictures.
+        """
+        if self.picture_steps:
+            raise PolicyError(f"sanitizer {self.name!r} has steps for pictures, and the input {where} is none")
+        return self._numbers(tensor, where, value_range)
+
+    def picture_tensor(
+        self, tensor: Tensor, where: str, scale: PixelScale, generator: np.random.Generator
+    ) -> Sanitized:
+        """Sanitize pictures that were sent as a tensor of the model's own form.
+
+        Raises:
+            PeerError: 400, for another shape than the model's layout has, or for NaN and infinities.
+        """
+        numbers = self._numbers(tensor, where, (None, None))
+        if not self.picture_steps:
+            return numbers
+        pixels = scale.to_pixels(numbers.value, where)
+        pictures = self._pictures(pixels, generator, numbers.steps_us)
+        return Sanitized(scale.to_tensor(pictures.value, tensor.dtype), pictures.steps_us)
+
+    def _numbers(self, tensor: Tensor, where: str, value_range: Range) -> Sanitized:
+        steps_us: dict[str, int] = {}
+        if not tensor.dtype.hasobject:
+            for name, step in self.tensor_steps:
+                start = monotonic_us()
+                tensor = step(tensor, value_range, where)
+                steps_us[name] = steps_us.get(name, 0) + monotonic_us() - start
+        return Sanitized(tensor, steps_us)
+
+    def _pictures(
+        self, pixels: Pixels, generator: np.random.Generator, steps_us: dict[str, int], *, first_only: bool = False
+    ) -> Sanitized:
+        pictures = list(pixels)
+        for name, step in self.picture_steps:
+            start = monotonic_us()
+            pictures = [step(picture, generator) for picture in pictures]
+            steps_us[name] = steps_us.get(name, 0) + monotonic_us() - start
+        return Sanitized(pictures[0] if first_only else np.stack(pictures), steps_us)
+
+
+# --- compiling
+
+
+def compile_profiles(profiles: Mapping[str, Any]) -> dict[str, Profile]:
+    """Compile ``data.sanitizers.profiles``: name to ``{description, steps}``.
+
+    Raises:
+        PolicyError: names the profile, the step and what is wrong.
+    """
+    compiled: dict[str, Profile] = {}
+    for name, profile in profiles.items():
+        if not isinstance(profile, Mapping) or not {"steps"} <= profile.keys() <= {"steps", "description"}:
+            raise PolicyError(f"sanitizer {name!r}: must have steps, and may have a description")
+        compiled[name] = compile_profile(name, profile["steps"])
+    return compiled
+
+
+def compile_profile(name: str, steps: Sequence[Any]) -> Profile:
+    """Compile a list of steps.
+
+    Raises:
+        PolicyError: names the profile, the step and what is wrong.
+    """
+    if not isinstance(steps, list | tuple) or len(steps) > MAX_STEPS:
+        raise PolicyError(f"sanitizer {name!r}: steps must be a list of at most {MAX_STEPS}")
+    tensor_steps: list[tuple[str, _TensorStep]] = []
+    picture_steps: list[tuple[str, _PictureStep]] = []
+    for index, step in enumerate(steps):
+        where = f"sanitizer {name!r}: steps[{index}]"
+        if not isinstance(step, Mapping):
+            raise PolicyError(f"{where}: must be an object")
+        options = {key: value for key, value in step.items() if key != "step"}
+        match step.get("step"):
+            case "finite" | "clamp" if picture_steps:
+                raise PolicyError(f"{where}: steps for numbers stand before steps for pictures")
+            case "finite":
+                _members(options, set(), where)
+                tensor_steps.append(("finite", _finite))
+            case "clamp":
+                tensor_steps.append(("clamp", _clamp(options, where)))
+            case "dct":
+                _members(options, {"keep"}, where)
+                low_pass = dct_low_pass(_integer(options, "keep", 1, 8, where))
+                picture_steps.append(("dct", _fixed(low_pass)))
+            case "median":
+                _members(options, {"size"}, where)
+                _integer(options, "size", 3, 3, where)
+                picture_steps.append(("median", _fixed(median3)))
+            case "jpeg":
+                picture_steps.append(("jpeg", _jpeg(options, where)))
+            case _:
+                raise PolicyError(f"{where}: unknown step; known are finite, clamp, dct, median and jpeg")
+    return Profile(name, tuple(tensor_steps), tuple(picture_steps))
+
+
+def _members(options: Mapping[str, Any], names: set[str], where: str) -> None:
+    if options.keys() != names:
+        raise PolicyError(f"{where}: must have exactly the members {sorted({'step', *names})}")
+
+
+def _integer(options: Mapping[str, Any], name: str, low: int, high: int, where: str) -> int:
+    value = options[name]
+    if type(value) is not int or not low <= value <= high:
+        raise PolicyError(f"{where}: {name} must be an integer from {low} to {high}")
+    return value
+
+
+def _fixed(function: Callable[[Pixels], Pixels]) -> _PictureStep:
+    return lambda pixels, _: function(pixels)
+
+
+def _jpeg(options: Mapping[str, Any], where: str) -> _PictureStep:
+    if "quality" in options:
+        _members(options, {"quality"}, where)
+        quality = _integer(options, "quality", 1, 100, where)
+        return lambda pixels, _: jpeg(pixels, quality)
+    _members(options, {"quality_min", "quality_max"}, where)
+    low = _integer(options, "quality_min", 1, 100, where)
+    high = _integer(options, "quality_max", low, 100, where)
+    return lambda pixels, generator: jpeg(pixels, int(generator.integers(low, high, endpoint=True)))
+
+
+def _finite(tensor: Tensor, _: Range, where: str) -> Tensor:
+    if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+        raise _not_finite(where)
+    return tensor
+
+
+def _clamp(options: Mapping[str, Any], where: str) -> _TensorStep:
+    _members(options, {"low", "high"}, where)
+    bounds = options["low"], options["high"]
+    for bound in bounds:
+        if bound is not None and (
+            isinstance(bound, bool) or not isinstance(bound, int | float) or not math.isfinite(bound)
+        ):
+            raise PolicyError(f"{where}: low and high must be finite numbers, or null for the manifest's")
+    own_low, own_high = bounds
+    if own_low is not None and own_high is not None and own_low > own_high:
+        raise PolicyError(f"{where}: low is greater than high")
+
+    def clamp(tensor: Tensor, value_range: Range, _: str) -> Tensor:
+        low = value_range[0] if own_low is None else own_low
+        high = value_range[1] if own_high is None else own_high
+        return _clip(tensor, low, high)
+
+    return clamp
+
+
+def _clip(tensor: Tensor, low: float | None, high: float | None) -> Tensor:
+    if tensor.dtype.kind == "b" or (low is None and high is None):
+        return tensor
+    limits: np.finfo[Any] | np.iinfo[Any]
+    if tensor.dtype.kind == "f":
+        limits = np.finfo(tensor.dtype)
+        rounded = low, high
+    else:
+        limits = np.iinfo(tensor.dtype)
+        rounded = None if low is None else math.ceil(low), None if high is None else math.floor(high)
+    # A bound beyond what the type can hold bounds nothing; in the type itself it would overflow.
+    least, greatest = (None if bound is None else min(max(bound, limits.min), limits.max) for bound in rounded)
+    return np.clip(tensor, least, greatest)
+
+
+def _not_finite(where: str) -> PeerError:
+    return PeerError(400, "not_finite", f"{where}: holds NaN or infinities")
