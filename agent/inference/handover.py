@@ -7,7 +7,7 @@ Rules:
 2. The receiver checks every seal: the bytes it maps are the bytes that the agent hashed, for good.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import msgspec
 
@@ -26,17 +26,9 @@ class _Batch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     last: bool
 
 
-def handover_frames(package: Package, paths: Iterable[str] | None = None) -> Iterator[tuple[bytes, tuple[int, ...]]]:
-    """Return frames with their descriptors, to be sent in this order; the package keeps its own descriptors.
-
-    Args:
-        package: whose files.
-        paths: which of them; None for all.
-
-    Raises:
-        VerificationError: ``missing-file``.
-    """
-    files = [(path, package.file(path)) for path in (package.files if paths is None else paths)]
+def handover_frames(package: Package) -> Iterator[tuple[bytes, tuple[int, ...]]]:
+    """Return frames with their descriptors, to be sent in this order; the package keeps its own descriptors."""
+    files = list(package.files.items())
     for start in range(0, len(files), FILES_A_FRAME):
         batch = files[start : start + FILES_A_FRAME]
         last = start + FILES_A_FRAME >= len(files)

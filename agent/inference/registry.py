@@ -8,16 +8,13 @@ Rules:
 """
 
 import enum
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from agent.errors import PeerError, VerificationError
-from agent.inference.manifest import MANIFEST_FILE, ModelManifest, parse_labels, parse_manifest, version_key
-from agent.inference.package import MODEL_FILE
+from agent.errors import PeerError
+from agent.inference.manifest import ModelManifest, version_key
 from agent.inference.session import Session
-from agent.isolation.memfd import map_sealed
 
-__all__ = ["LoadedModel", "ModelState", "Registry", "load_model"]
+__all__ = ["LoadedModel", "ModelState", "Registry"]
 
 
 class ModelState(enum.Enum):
@@ -45,39 +42,6 @@ class LoadedModel:
     sha256: str
     signer: str
     labels: tuple[str, ...] = ()
-
-
-def load_model(
-    fds: Mapping[str, int], external: Collection[str], *, sha256: str, signer: str, threads: int = 1
-) -> LoadedModel:
-    """Make a model that answers out of sealed files, which the caller may close afterwards.
-
-    Args:
-        fds: path to descriptor: ``model.onnx``, ``model.yaml``, the label file, external data.
-        external: paths of external data, from the inspection's report.
-        sha256: digest of the package.
-        signer: as in :class:`LoadedModel`.
-        threads: compute threads of the session.
-
-    Raises:
-        VerificationError: ``missing-file``, ``manifest``, ``labels``, ``model-load`` or ``model-io``.
-        IsolationError: a file is not completely sealed.
-    """
-    for path in (MANIFEST_FILE, MODEL_FILE, *external):
-        _check_there(path, fds)
-    manifest = parse_manifest(bytes(map_sealed(fds[MANIFEST_FILE])))
-    labels: tuple[str, ...] = ()
-    if manifest.labels is not None:
-        _check_there(manifest.labels, fds)
-        labels = parse_labels(bytes(map_sealed(fds[manifest.labels])))
-    externals = {path: map_sealed(fds[path]) for path in external}
-    session = Session(bytes(map_sealed(fds[MODEL_FILE])), externals, manifest, threads)
-    return LoadedModel(session, manifest, sha256, signer, labels)
-
-
-def _check_there(path: str, fds: Mapping[str, int]) -> None:
-    if path not in fds:
-        raise VerificationError("missing-file", f"{path} was not handed over")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,27 +1,21 @@
 """Which model answers."""
 
-import numpy as np
 import pytest
 
-from agent.errors import PeerError, VerificationError
-from agent.inference.package import read_package
-from agent.inference.registry import ModelState, Registry, load_model
-from tests.support.models import write_orientation, write_tiny
-
-
-def _load(directory, *external):
-    package = read_package(directory)
-    try:
-        fds = {path: sealed.fd for path, sealed in package.files.items()}
-        return load_model(fds, external, sha256=package.sha256, signer="ab" * 32)
-    finally:
-        package.close()
+from agent.errors import PeerError
+from agent.inference.package import MODEL_FILE, read_package
+from agent.inference.registry import LoadedModel, ModelState, Registry
+from agent.inference.session import Session
+from tests.support.models import write_tiny
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     def make(version):
-        return _load(write_tiny(tmp_path_factory.mktemp("m") / "1", version=version))
+        package = read_package(write_tiny(tmp_path_factory.mktemp("m") / "1", version=version))
+        manifest = package.manifest()
+        session = Session(package.read(MODEL_FILE), {}, manifest)
+        return LoadedModel(session, manifest, package.sha256, "ab" * 32)
 
     return {version: make(version) for version in ("1.9", "1.10")}
 
@@ -86,30 +80,3 @@ def test_a_version_that_loads_does_not_shadow_one_that_answers(loaded):
     registry.add(loaded["1.9"])
     registry.expect("tiny", "1.10")
     assert registry.get("tiny") is loaded["1.9"]
-
-
-def test_a_model_is_loaded_from_what_was_handed_over(tmp_path):
-    """Labels and external data come from sealed files, which may be closed once the model is there."""
-    assert _load(write_orientation(tmp_path / "1")).labels == ("0", "90", "180", "270")
-    external = _load(write_tiny(tmp_path / "2", external=True), "weights/data.bin")
-    x = np.ones((1, 64), np.float32)
-    plain = _load(write_tiny(tmp_path / "3"))
-    np.testing.assert_array_equal(external.session.run({"x": x})["y"], plain.session.run({"x": x})["y"])
-
-
-def test_what_was_not_handed_over_is_missed(tmp_path):
-    """External data, label file or graph that did not come is a named error."""
-    with pytest.raises(VerificationError, match=r"missing-file: other\.bin"):
-        _load(write_tiny(tmp_path / "1"), "other.bin")
-    (tmp_path / "1" / "model.onnx").unlink()
-    with pytest.raises(VerificationError, match="missing-file"):
-        _load(tmp_path / "1")
-
-
-@pytest.mark.parametrize("labels", [b"\xff", b"x" * ((1 << 20) + 1)])
-def test_label_files_have_limits(tmp_path, labels):
-    """Labels are UTF-8 text of limited size."""
-    directory = write_tiny(tmp_path / "1", labels="labels.txt")
-    (directory / "labels.txt").write_bytes(labels)
-    with pytest.raises(VerificationError, match="labels"):
-        _load(directory)
