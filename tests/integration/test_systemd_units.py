@@ -18,9 +18,7 @@ pytestmark = [
 
 
 def run(*command):
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"SYSTEMD_COLORS": "0"}
-    )
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_the_unit_has_no_mistake(tmp_path):
