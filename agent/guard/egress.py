@@ -27,7 +27,7 @@ from agent.errors import PolicyError
 __all__ = ["MAX_DECIMALS", "MAX_TOP_K", "OutputProfile", "compile_output", "compile_outputs"]
 
 MAX_TOP_K = 1000
-MAX_DECIMALS = 12
+MAX_DECIMALS = 15
 _EXACT = 2.0**53  # up to here a double holds every integer
 
 Tensor: TypeAlias = npt.NDArray[Any]

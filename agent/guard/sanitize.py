@@ -34,7 +34,7 @@ from agent.guard.images import Pixels
 
 __all__ = ["MAX_STEPS", "PixelScale", "Profile", "Sanitized", "compile_profile", "compile_profiles", "new_generator"]
 
-MAX_STEPS = 8
+MAX_STEPS = 16
 MAX_SIDE = 8192  # pixels of a picture sent as a tensor; JPEG itself ends at 65,535
 
 Tensor: TypeAlias = npt.NDArray[Any]

@@ -244,7 +244,7 @@ def test_a_profile_for_pictures_does_not_fit_numbers():
         [{"step": "clamp", "low": float("nan"), "high": 1}],
         [{"step": "clamp", "low": True, "high": 1}],
         [{"step": "median", "size": 3}, {"step": "finite"}],
-        [{"step": "finite"}] * 9,
+        [{"step": "finite"}] * 17,
     ],
 )
 def test_a_profile_that_is_not_exactly_right_is_a_policy_error(steps):
