@@ -9,7 +9,7 @@ Rules:
 3. Descriptors belong to a frame that stands alone in its message. A receiver that does not expect descriptors closes
    them.
 4. The peer may be hostile: a malformed message closes the channel (:class:`agent.errors.IsolationError`), and a peer
-   that does not read is cut off once :data:`MAX_QUEUED_FRAMES` wait for it.
+   that does not read is cut off once :data:`MAX_QUEUED_FRAMES` or :data:`MAX_QUEUED_BYTES` wait for it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ __all__ = [
     "MAX_DESCRIPTORS",
     "MAX_FRAME_BYTES",
     "MAX_MESSAGE_BYTES",
+    "MAX_QUEUED_BYTES",
+    "MAX_QUEUED_FRAMES",
     "AsyncChannel",
     "Channel",
     "Frame",
@@ -39,6 +41,7 @@ MAX_MESSAGE_BYTES = 64 * 1024
 MAX_FRAME_BYTES = MAX_MESSAGE_BYTES - 4
 MAX_DESCRIPTORS = 253  # SCM_MAX_FD of the kernel
 MAX_QUEUED_FRAMES = 8192
+MAX_QUEUED_BYTES = 16 * 1024 * 1024
 _LENGTH = struct.Struct("<I")
 _ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
 
@@ -116,6 +119,18 @@ def _send(sock: socket.socket, message: bytes, fds: Sequence[int]) -> None:
         sock.send(message)
 
 
+def _duplicate(fds: Sequence[int]) -> tuple[int, ...]:
+    copies: list[int] = []
+    try:
+        for fd in fds:
+            copies.append(os.dup(fd))  # noqa: PERF401 -- what was duplicated before a failure must be closed
+    except OSError as error:
+        for fd in copies:
+            os.close(fd)
+        raise IsolationError(f"channel: a descriptor cannot be duplicated ({error.strerror})") from error
+    return tuple(copies)
+
+
 class Channel:
     """The blocking end, for processes whose only work is to answer (workers, inspector, zygote)."""
 
@@ -136,9 +151,18 @@ class Channel:
         self.send_many([frame], fds)
 
     def send_many(self, frames: Sequence[bytes], fds: Sequence[int] = ()) -> None:
-        """Send frames that together fit one message."""
+        """Send frames that together fit one message; none at all sends nothing.
+
+        Raises:
+            IsolationError: they are too large, or the peer is gone.
+        """
+        if not frames:  # an empty message would read as the end of the stream
+            return
+        message = _pack(frames)
+        if len(message) > MAX_MESSAGE_BYTES:
+            raise IsolationError(f"channel: {len(frames)} frames do not fit one message of {MAX_MESSAGE_BYTES} bytes")
         try:
-            _send(self._sock, _pack(frames), fds)
+            _send(self._sock, message, fds)
         except OSError as error:
             raise IsolationError(f"channel: the peer is gone ({error.strerror})") from error
 
@@ -151,7 +175,7 @@ class Channel:
         self._sock.settimeout(timeout_s)
         try:
             return _receive(self._sock)
-        except TimeoutError as error:
+        except (TimeoutError, BlockingIOError) as error:
             raise IsolationError(f"channel: no answer within {timeout_s} s") from error
         except ConnectionError:
             return None
@@ -176,6 +200,7 @@ class AsyncChannel:
         self._on_close = on_close
         self._loop = asyncio.get_running_loop()
         self._queue: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self._queued_bytes = 0
         self._flush_scheduled = False
         self._writing = False
         self.closed = False
@@ -191,10 +216,11 @@ class AsyncChannel:
         _check_outgoing(frame, fds)
         if self.closed:
             raise IsolationError("channel: closed")
-        if len(self._queue) >= MAX_QUEUED_FRAMES:
+        if len(self._queue) >= MAX_QUEUED_FRAMES or self._queued_bytes + len(frame) > MAX_QUEUED_BYTES:
             self.close()
             raise IsolationError("channel: the peer does not read")
-        self._queue.append((frame, tuple(os.dup(fd) for fd in fds)))
+        self._queue.append((frame, _duplicate(fds)))
+        self._queued_bytes += len(frame)
         if not self._flush_scheduled:
             self._flush_scheduled = True
             self._loop.call_soon(self._flush)
@@ -229,7 +255,7 @@ class AsyncChannel:
                 self.close()
                 return
             for _ in range(size):
-                self._queue.popleft()
+                self._queued_bytes -= len(self._queue.popleft()[0])
             for fd in fds:
                 os.close(fd)
         if self._writing and not self.closed:
@@ -259,4 +285,7 @@ class AsyncChannel:
             self.close()
             return
         for frame in frames:
-            self._on_frame(frame)
+            if self.closed:  # by the owner, over a frame before this one
+                frame.close_fds()
+            else:
+                self._on_frame(frame)

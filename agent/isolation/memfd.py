@@ -20,6 +20,7 @@ from agent.errors import IsolationError, VerificationError
 __all__ = ["CHUNK_BYTES", "SealedFile", "check_sealed", "map_sealed", "seal_bytes", "seal_file"]
 
 CHUNK_BYTES = 1 << 18  # bytes; fits the cache of a core, so that hash and copy read memory once
+_NAME_BYTES = 200  # the kernel takes 249; the name only shows in /proc
 _ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -37,9 +38,13 @@ class SealedFile:
         os.close(self.fd)
 
 
+def _label(name: str) -> str:
+    return name.encode("ascii", "replace").replace(b"\0", b"?")[:_NAME_BYTES].decode()
+
+
 def seal_bytes(name: str, data: bytes) -> SealedFile:
     """Copy ``data`` into a new sealed memfd."""
-    fd = os.memfd_create(name[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = os.memfd_create(_label(name), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         view = memoryview(data)
         while view:
@@ -65,7 +70,7 @@ def seal_file(name: str, source_fd: int, max_bytes: int) -> SealedFile:
     size = os.fstat(source_fd).st_size
     if size > max_bytes:
         raise VerificationError("size", f"{name} has {size} bytes, more than the limit of {max_bytes}")
-    fd = os.memfd_create(name[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = os.memfd_create(_label(name), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         digest = _copy(name, source_fd, fd, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _ALL_SEALS)
@@ -108,6 +113,13 @@ def check_sealed(fd: int) -> int:
 
 
 def map_sealed(fd: int) -> mmap.mmap | bytes:
-    """Map a sealed memfd for reading; an empty one gives ``b""``, which can't be mapped."""
+    """Map a sealed memfd for reading; an empty one gives ``b""``, which can't be mapped.
+
+    Raises:
+        IsolationError: it is not sealed, not open for reading, or larger than the address space that is left.
+    """
     size = check_sealed(fd)
-    return mmap.mmap(fd, size, prot=mmap.PROT_READ) if size else b""
+    try:
+        return mmap.mmap(fd, size, prot=mmap.PROT_READ) if size else b""
+    except (OSError, OverflowError) as error:
+        raise IsolationError(f"descriptor {fd} with {size} bytes cannot be mapped: {error}") from error

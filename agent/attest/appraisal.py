@@ -1,0 +1,388 @@
+"""Appraisal of Evidence by a Verifier: pure, no I/O; for the command line, the controller and auditors.
+
+Every check has a stable name (:data:`CHECKS`) and they run in that order:
+
+1.  ``encoding``: sizes, JSON, base64, the TPM's structures.
+2.  ``attest-type``: the TPM made the structure (magic) and it is a quote.
+3.  ``ak-template``: the enrolled key equals the fixed template.
+4.  ``signer``: the quote's qualified signer is that key, in the endorsement hierarchy.
+5.  ``signature-scheme``: ECDSA over SHA-256.
+6.  ``signature``: it is that key's, over these bytes.
+7.  ``extra-data``: made of the Verifier's nonce and these claims.
+8.  ``spki``: the keys in the claims are those that the peers of these connections have shown.
+9.  ``pcr-selection``: the *attested* selection is the demanded one.
+10. ``pcr-digest``: the PCR values are the attested ones.
+11. ``clock``: never behind the last verified one; resetCount does not fall. An unsafe clock is *retry later*.
+12. ``log-replay``: the entries continue the verified log, are as many as claimed and replay to the quoted PCR.
+13. ``models``, 14. ``refused``, 15. ``config``, 16. ``policy``: the replayed state against the Reference Values.
+17. ``boot-aggregate``, 18. ``boot-pcrs``: what was booted.
+
+Status, in the words of EAR (draft-ietf-rats-ear):
+
+- ``none``: one of 1-12 failed. Nothing is known about the node, what follows is skipped, and nothing was verified.
+- ``contraindicated``: the Evidence is true and shows what no operator approved.
+- ``warning``: true, in order, but something needs a look.
+- ``affirming``: true and in order.
+
+:func:`appraise` raises for no Evidence, however forged: the answer is the Appraisal. :meth:`Appraisal.require` turns it
+into a VerificationError for a caller that wants nothing else.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from agent.attest.evidence import Claims, Evidence, HexDigest, extra_data, quoted_pcrs
+from agent.attest.measurement import MAX_LOG_ENTRIES, LogState, boot_aggregate, parse_entries, replay
+from agent.attest.reference import ReferenceValues
+from agent.attest.structures import (
+    ALG_SHA256,
+    ClockInfo,
+    PcrSelection,
+    Quote,
+    parse_ak_public,
+    parse_quote,
+    parse_signature,
+    pcr_digest,
+)
+from agent.errors import VerificationError
+
+__all__ = ["CHECKS", "Appraisal", "Check", "Expectation", "Verified", "appraise"]
+
+CHECKS = (
+    "encoding",
+    "attest-type",
+    "ak-template",
+    "signer",
+    "signature-scheme",
+    "signature",
+    "extra-data",
+    "spki",
+    "pcr-selection",
+    "pcr-digest",
+    "clock",
+    "log-replay",
+    "models",
+    "refused",
+    "config",
+    "policy",
+    "boot-aggregate",
+    "boot-pcrs",
+)
+
+Status: TypeAlias = Literal["affirming", "warning", "contraindicated", "none"]
+Outcome: TypeAlias = Literal["ok", "failed", "warning", "retry", "skipped"]
+
+
+class Verified(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far a node's log was verified: kept by the Verifier, handed in with the next Evidence.
+
+    Attributes:
+        index: entries verified, so the next ``from``.
+        pcr: what they replay to.
+        state: what they say is in force.
+        clock, reset_count, restart_count: of the quote that covered them.
+    """
+
+    index: int
+    pcr: HexDigest
+    state: LogState
+    clock: int
+    reset_count: int
+    restart_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What the Verifier knows without the node.
+
+    Attributes:
+        nonce: the one that it sent.
+        ak_public: TPMT_PUBLIC of the enrolled attestation key.
+        reference: what the operator approved.
+        control_spki_sha256: key shown by the peer that sent the Evidence; None when it did not come over a connection.
+        inference_spki_sha256: keys shown by the inference listener, any of which may be claimed; None when not looked at.
+        verified: result of the last appraisal of this node, if any.
+    """
+
+    nonce: bytes
+    ak_public: bytes
+    reference: ReferenceValues
+    control_spki_sha256: str | None = None
+    inference_spki_sha256: frozenset[str] | None = None
+    verified: Verified | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check's outcome, with words for a reader."""
+
+    name: str
+    outcome: Outcome
+    words: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Appraisal:
+    """The result.
+
+    Attributes:
+        status: see the module's text.
+        checks: all of them, in order.
+        claims: set once they are authentic (``extra-data`` is ok).
+        verified: set once ``log-replay`` is ok: to be kept for the next appraisal.
+    """
+
+    status: Status
+    checks: tuple[Check, ...]
+    claims: Claims | None
+    verified: Verified | None
+
+    @property
+    def failed(self) -> Check | None:
+        """The first check that is ``failed`` or ``retry``."""
+        return next((check for check in self.checks if check.outcome in {"failed", "retry"}), None)
+
+    @property
+    def retry(self) -> bool:
+        """Whether the same node may well pass later: its clock is not safe yet."""
+        return any(check.outcome == "retry" for check in self.checks)
+
+    def require(self) -> Verified:
+        """Return what was verified.
+
+        Raises:
+            VerificationError: a check failed; its name is the first such check's.
+        """
+        if self.failed is not None:
+            raise VerificationError(self.failed.name, self.failed.words)
+        assert self.verified is not None  # noqa: S101 -- log-replay is ok, so it is set
+        return self.verified
+
+
+class _RetryLaterError(VerificationError):
+    """The one refusal that is nobody's fault."""
+
+
+_Finding: TypeAlias = tuple[Outcome, str]
+_Ok: TypeAlias = Callable[[str], None]
+
+
+def appraise(evidence: bytes, expect: Expectation) -> Appraisal:
+    """Appraise Evidence as it came over the wire; raises nothing, see the module's text."""
+    checks = {name: Check(name, "skipped") for name in CHECKS}
+    status: Status = "none"
+    claims: Claims | None = None
+    verified: Verified | None = None
+
+    def ok(name: str) -> None:
+        checks[name] = Check(name, "ok")
+
+    try:
+        sent, quote = _authenticate(evidence, expect, ok)
+        claims = sent.claims
+        _check_peers(claims, expect, checks)
+        values = _check_pcrs(sent, quote, expect.reference, ok)
+        _check_clock(quote.clock, expect.verified)
+        ok("clock")
+        verified = _replay(sent, quote.clock, values[expect.reference.measurement.pcr], expect)
+        ok("log-replay")
+    except _RetryLaterError as error:
+        checks[error.check] = Check(error.check, "retry", error.message)
+    except VerificationError as error:
+        checks[error.check] = Check(error.check, "failed", error.message)
+    else:
+        for name, (outcome, words) in _compare(verified.state, claims, values, expect.reference).items():
+            checks[name] = Check(name, outcome, words)
+        outcomes = {check.outcome for check in checks.values()}
+        status = "contraindicated" if "failed" in outcomes else "warning" if "warning" in outcomes else "affirming"
+    return Appraisal(status, tuple(checks.values()), claims, verified)
+
+
+def _authenticate(data: bytes, expect: Expectation, ok: _Ok) -> tuple[Evidence, Quote]:
+    # 1. Sizes and encoding.
+    evidence = Evidence.decode(data)
+    ok("encoding")
+    # 2. Magic and type: a restricted key signs foreign data only when it does not begin with the magic.
+    quote = parse_quote(evidence.attest)
+    ok("attest-type")
+    # 3. The enrolled key is one that the TPM made and keeps.
+    ak = parse_ak_public(expect.ak_public)
+    ok("ak-template")
+    # 4. The signer is that key.
+    if not hmac.compare_digest(quote.qualified_signer, ak.qualified_name):
+        raise VerificationError("signer", "the quote is by another key than the enrolled one, or in another hierarchy")
+    ok("signer")
+    # 5. The signature's scheme is taken from the signature and must be the key's.
+    signature = parse_signature(evidence.signature)
+    ok("signature-scheme")
+    # 6. The signature.
+    ak.verify(signature, evidence.attest)
+    ok("signature")
+    # 7. Freshness, and the claims with it.
+    if not hmac.compare_digest(quote.extra_data, extra_data(expect.nonce, evidence.claims)):
+        raise VerificationError("extra-data", "the quote is over another nonce or other claims")
+    ok("extra-data")
+    return evidence, quote
+
+
+def _check_peers(claims: Claims, expect: Expectation, checks: dict[str, Check]) -> None:
+    # 8. Who answered is who was attested. Without a connection there is nothing to compare.
+    if expect.control_spki_sha256 is not None and claims.control_spki_sha256 != expect.control_spki_sha256:
+        raise VerificationError("spki", "the control listener's key is not the one in the claims")
+    if expect.inference_spki_sha256 is not None and claims.inference_spki_sha256 not in expect.inference_spki_sha256:
+        raise VerificationError("spki", "the inference listener's key is not the one in the claims")
+    if expect.control_spki_sha256 is not None or expect.inference_spki_sha256 is not None:
+        checks["spki"] = Check("spki", "ok")
+    else:
+        checks["spki"] = Check("spki", "skipped", "no peer's key was given")
+
+
+def _check_pcrs(evidence: Evidence, quote: Quote, reference: ReferenceValues, ok: _Ok) -> dict[int, bytes]:
+    # 9. The bank and selection are taken from what the TPM signed.
+    demanded = quoted_pcrs(reference.measurement.pcr)
+    if quote.selections != (PcrSelection(ALG_SHA256, frozenset(demanded)),):
+        raise VerificationError("pcr-selection", f"the quote is not over PCRs {demanded} of the SHA-256 bank alone")
+    ok("pcr-selection")
+    # 10. The values sent beside it are the attested ones.
+    values = {index: bytes.fromhex(value) for index, value in sorted(evidence.pcrs.sha256.items())}
+    if tuple(values) != demanded or not hmac.compare_digest(pcr_digest(values.values()), quote.pcr_digest):
+        raise VerificationError("pcr-digest", "the PCR values sent are not the ones that were quoted")
+    ok("pcr-digest")
+    return values
+
+
+def _check_clock(clock: ClockInfo, verified: Verified | None) -> None:
+    # 11. Time and resets never run backwards; restartCount may, when resetCount rises.
+    if verified is not None and clock.reset_count < verified.reset_count:
+        raise VerificationError(
+            "clock", f"resetCount fell from {verified.reset_count} to {clock.reset_count}: TPM cleared, enrol again"
+        )
+    if not clock.safe:
+        raise _RetryLaterError("clock", "the TPM's clock is not safe yet after a loss of power: retry later")
+    if verified is None:
+        return
+    same_boot = clock.reset_count == verified.reset_count
+    if clock.clock < verified.clock or (same_boot and clock.restart_count < verified.restart_count):
+        raise VerificationError("clock", "the quote is older than the last verified one")
+
+
+def _replay(evidence: Evidence, clock: ClockInfo, quoted: bytes, expect: Expectation) -> Verified:
+    # 12. The log: from its beginning, or from where it was verified in this same boot.
+    claims, before, measurement = evidence.claims, expect.verified, expect.reference.measurement
+    if claims.start == 0:
+        value, state = bytes.fromhex(measurement.start), LogState()
+    elif before is not None and (before.reset_count, before.index) == (clock.reset_count, claims.start):
+        value, state = bytes.fromhex(before.pcr), before.state
+    else:
+        raise VerificationError("log-replay", f"entries from {claims.start} do not continue a verified log: ask from 0")
+    entries = list(parse_entries(evidence.entries, measurement.pcr))
+    if len(entries) != claims.count:
+        raise VerificationError("log-replay", f"{len(entries)} entries were sent, {claims.count} are claimed")
+    if claims.start + claims.count > MAX_LOG_ENTRIES:
+        raise VerificationError("log-replay", f"the log has more than {MAX_LOG_ENTRIES} entries")
+    value = replay(entries, value)
+    if not hmac.compare_digest(value, quoted):
+        raise VerificationError("log-replay", f"the entries do not replay to the quoted PCR {measurement.pcr}")
+    state = state.after(entries, at_start=claims.start == 0)
+    return Verified(
+        index=claims.start + claims.count,
+        pcr=value.hex(),
+        state=state,
+        clock=clock.clock,
+        reset_count=clock.reset_count,
+        restart_count=clock.restart_count,
+    )
+
+
+def _compare(
+    state: LogState, claims: Claims, values: dict[int, bytes], reference: ReferenceValues
+) -> dict[str, _Finding]:
+    """All findings, not only the first: an operator wants to see every reason at once."""
+    return {
+        # 13. Every model file that was ever handed over since the reset was approved; those in force still are.
+        "models": _models(state, reference),
+        # 14. Nothing that was refused waits for its repair.
+        "refused": ("warning", f"refused: {_some(state.refused)}") if state.refused else ("ok", ""),
+        # 15. Settings, now and earlier.
+        "config": _setting("config", state, state.config, reference.configs, reference.configs),
+        # 16. The policy in force is assigned, or was until this rollout; earlier ones were approved once.
+        "policy": _policy(state, claims, reference),
+        # 17. The log began on the boot that the TPM shows.
+        "boot-aggregate": _boot_aggregate(state, values, reference),
+        # 18. Boot PCRs by their rules.
+        "boot-pcrs": _boot_pcrs(values, reference),
+    }
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    found = sorted(names)
+    return ", ".join(found[:limit]) + (f" and {len(found) - limit} more" if len(found) > limit else "")
+
+
+def _models(state: LogState, reference: ReferenceValues) -> _Finding:
+    def approved(path: str, digest: str) -> bool:
+        return digest in reference.models.get(path, ())
+
+    in_force = {path for path, digest in state.models.items() if not approved(path, digest)}
+    ever = {
+        path
+        for path, digest in state.seen
+        if "/" in path and not approved(path, digest) and digest not in reference.withdrawn.get(path, ())
+    }
+    if in_force:
+        return "failed", f"in force and not approved: {_some(in_force)}"
+    if ever:
+        return "failed", f"handed over since the last reset and never approved: {_some(ever)}"
+    return "ok", ""
+
+
+def _setting(
+    kind: str, state: LogState, in_force: str | None, approved: Iterable[str], once: Iterable[str]
+) -> _Finding:
+    if in_force is None:
+        return "failed", f"no {kind} was measured"
+    if in_force not in approved:
+        return "failed", f"the {kind} in force ({in_force[:16]}…) is not approved"
+    unknown = {digest for what, digest in state.seen if what == kind}.difference(once)
+    if unknown:
+        return "failed", f"a {kind} was in force since the last reset that was never approved: {_some(unknown)}"
+    return "ok", ""
+
+
+def _policy(state: LogState, claims: Claims, reference: ReferenceValues) -> _Finding:
+    policy = reference.policy
+    if state.policy is not None and claims.policy_sha256 != state.policy:
+        return "failed", "the claims name another policy than the log"
+    finding = _setting("policy", state, state.policy, policy.in_force, policy.in_force | policy.retired)
+    if finding[0] == "ok" and state.policy != policy.assigned:
+        return "ok", "the previous policy: the assigned one has not arrived yet"
+    return finding
+
+
+def _boot_aggregate(state: LogState, values: dict[int, bytes], reference: ReferenceValues) -> _Finding:
+    at_start = values | {reference.measurement.pcr: bytes.fromhex(reference.measurement.start)}
+    expected = boot_aggregate(at_start[index] for index in range(10)).digest.hex()
+    if state.boot_aggregate == expected:
+        return "ok", ""
+    return "warning", "PCRs 0-9 are not what they were when the log began"
+
+
+def _boot_pcrs(values: dict[int, bytes], reference: ReferenceValues) -> _Finding:
+    changed: dict[str, list[str]] = {"ignored": [], "pinned": [], "exact": []}
+    for index, rule in sorted(reference.boot.items()):
+        if values[index].hex() not in rule.values:
+            changed[rule.mode].append(str(index))
+    if changed["exact"]:
+        return "failed", f"PCRs {', '.join(changed['exact'])} are not what was approved"
+    if changed["pinned"]:
+        return (
+            "warning",
+            f"PCRs {', '.join(changed['pinned'])} changed since enrolment; approve the change or look into it",
+        )
+    return "ok", ""

@@ -1,0 +1,301 @@
+"""The measurement log's format and what it means: pure functions of bytes, used by the node and by its appraiser.
+
+Rules:
+
+1. An entry is IMA's template ``ima-ng`` byte for byte as Linux writes it to ``binary_runtime_measurements`` on a
+   little-endian machine: ``pcr | SHA-1 template digest | name | data``. So ``evmctl`` and Keylime replay the log.
+   Source: Linux ``security/integrity/ima/ima_template.c``, ``ima_template_lib.c`` and ``ima_fs.c``.
+2. A bank is extended with that bank's own hash of the template data (Linux since 5.8).
+3. A reader accepts only what the writer below can write: SHA-256 file digests, printable paths without spaces, one
+   PCR, a right template digest. Anything else is a VerificationError of the check ``log-replay``.
+4. The log replays to a state. Handed over: the model file is in force, whatever was refused at its path before.
+   Refused: open until the same path is handed over. Unloaded: all files of that version are out of force. What was
+   ever in force since the log began stays in ``seen``: no later entry takes it back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import msgspec
+
+from agent.errors import VerificationError
+
+__all__ = [
+    "ALLOWED_PCRS",
+    "BOOT_AGGREGATE",
+    "MAX_ENTRY_BYTES",
+    "MAX_LOG_BYTES",
+    "MAX_LOG_ENTRIES",
+    "MAX_PATH_BYTES",
+    "PCR_BYTES",
+    "ZERO_PCR",
+    "Entry",
+    "LogState",
+    "boot_aggregate",
+    "config_entry",
+    "model_entry",
+    "parse_entries",
+    "policy_entry",
+    "read_entry",
+    "refused_entry",
+    "replay",
+    "unload_entry",
+]
+
+MAX_LOG_ENTRIES = 100_000  # in one boot
+MAX_LOG_BYTES = 32 * 1024 * 1024  # in one boot
+MAX_PATH_BYTES = 512
+PCR_BYTES = 32  # SHA-256 bank
+ZERO_PCR = bytes(PCR_BYTES)
+ALLOWED_PCRS = frozenset({8, 9, 11, 12, 13, 14, 15})
+"""PCRs that can hold the log: 0-7 are the firmware's, 10 is the kernel's, 16 and 23 are resettable at locality 0."""
+
+BOOT_AGGREGATE = "boot_aggregate"
+_TEMPLATE = b"ima-ng"
+_DIGEST_PREFIX = b"sha256:\0"
+_HEADER = struct.Struct("<I20sI")  # pcr, SHA-1 template digest, length of the template's name
+_LENGTH = struct.Struct("<I")
+_DIGEST_FIELD_BYTES = len(_DIGEST_PREFIX) + PCR_BYTES
+_MAX_DATA_BYTES = 2 * _LENGTH.size + _DIGEST_FIELD_BYTES + MAX_PATH_BYTES + 1
+MAX_ENTRY_BYTES = _HEADER.size + len(_TEMPLATE) + _LENGTH.size + _MAX_DATA_BYTES
+
+_CONFIG = "edgewarden/config"
+_PATH = re.compile(r"[!-~]+")
+_SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
+_FILE = re.compile(r"[!-.0-~]+(?:/[!-.0-~]+)*")  # printable ASCII without spaces, no empty part
+_NOTHING = hashlib.sha256(b"").digest()
+
+
+def _refuse(message: str) -> VerificationError:
+    return VerificationError("log-replay", message)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One measurement: the SHA-256 digest of what stands behind a path."""
+
+    path: str
+    digest: bytes
+
+    def template_data(self) -> bytes:
+        """Return the bytes whose hash extends a PCR: ``d-ng`` and ``n-ng``, each after its u32 length."""
+        path = self.path.encode("ascii") + b"\0"
+        digest = _DIGEST_PREFIX + self.digest
+        return _LENGTH.pack(len(digest)) + digest + _LENGTH.pack(len(path)) + path
+
+    def encode(self, pcr: int) -> bytes:
+        """Return the entry as it stands in the binary log."""
+        data = self.template_data()
+        header = _HEADER.pack(pcr, _sha1(data), len(_TEMPLATE))
+        return header + _TEMPLATE + _LENGTH.pack(len(data)) + data
+
+    def ascii(self, pcr: int) -> str:
+        """Return the entry as it stands in ``ascii_runtime_measurements``."""
+        return f"{pcr:2d} {_sha1(self.template_data()).hex()} ima-ng sha256:{self.digest.hex()} {self.path}"
+
+
+def _sha1(data: bytes) -> bytes:
+    return hashlib.sha1(data, usedforsecurity=False).digest()  # IMA's format demands it; SHA-256 is what counts
+
+
+def _entry(path: str, digest: bytes) -> Entry:
+    if len(path) > MAX_PATH_BYTES:
+        raise VerificationError("measurement-path", f"{path[:80]!r}… is over {MAX_PATH_BYTES} bytes")
+    if len(digest) != PCR_BYTES:
+        raise VerificationError("measurement-path", f"the digest of {path!r} is not a SHA-256 digest")
+    return Entry(path, digest)
+
+
+def _segment(word: str) -> str:
+    if not _SEGMENT.fullmatch(word):
+        raise VerificationError("measurement-path", f"{word!r} is not a name that a log entry can hold")
+    return word
+
+
+def _model_path(kind: str, name: str, version: str, file: str) -> str:
+    if not _FILE.fullmatch(file) or not {".", ".."}.isdisjoint(file.split("/")):
+        raise VerificationError("measurement-path", f"{file!r} is not a file name that a log entry can hold")
+    return f"edgewarden/{kind}/{_segment(name)}/{_segment(version)}/{file}"
+
+
+def boot_aggregate(pcrs: Iterable[bytes]) -> Entry:
+    """Return the first entry of a log: SHA-256 over PCR 0-9 of the SHA-256 bank, in that order."""
+    return Entry(BOOT_AGGREGATE, hashlib.sha256(b"".join(pcrs)).digest())
+
+
+def config_entry(digest: bytes) -> Entry:
+    """Measure the security-relevant settings (SHA-256 of their JCS)."""
+    return _entry(_CONFIG, digest)
+
+
+def policy_entry(revision: str, digest: bytes) -> Entry:
+    """Measure a policy bundle's bytes before it takes effect."""
+    return _entry(f"edgewarden/policy/{_segment(revision)}", digest)
+
+
+def model_entry(name: str, version: str, file: str, digest: bytes) -> Entry:
+    """Measure a model file before it is handed over.
+
+    Raises:
+        VerificationError: ``measurement-path`` when the names cannot stand in a log entry; so for all below.
+    """
+    return _entry(_model_path("models", name, version, file), digest)
+
+
+def refused_entry(name: str, version: str, file: str, digest: bytes) -> Entry:
+    """Note a model file whose digest is wrong, so that it was not loaded."""
+    return _entry(_model_path("refused", name, version, file), digest)
+
+
+def unload_entry(name: str, version: str) -> Entry:
+    """Note that a model's version is out of force; the digest is that of no bytes."""
+    return _entry(f"edgewarden/unload/{_segment(name)}/{_segment(version)}", _NOTHING)
+
+
+def read_entry(data: bytes, at: int, pcr: int) -> tuple[Entry, int] | None:
+    """Read the entry at an offset; None when the bytes end before it does.
+
+    Returns:
+        The entry and the offset of the next one.
+
+    Raises:
+        VerificationError: ``log-replay``: the bytes are not an entry that this module writes for that PCR.
+    """
+    name_end = at + _HEADER.size + len(_TEMPLATE)
+    data_at = name_end + _LENGTH.size
+    if len(data) < data_at:
+        return None
+    entry_pcr, sha1, name_length = _HEADER.unpack_from(data, at)
+    if entry_pcr != pcr:
+        raise _refuse(f"an entry is for PCR {entry_pcr}, not {pcr}")
+    if name_length != len(_TEMPLATE) or data[name_end - len(_TEMPLATE) : name_end] != _TEMPLATE:
+        raise _refuse("an entry's template is not ima-ng")
+    (length,) = _LENGTH.unpack_from(data, name_end)
+    if length > _MAX_DATA_BYTES:
+        raise _refuse(f"an entry's data of {length} bytes is over {_MAX_DATA_BYTES}")
+    end = data_at + length
+    if len(data) < end:
+        return None
+    template_data = data[data_at:end]
+    entry = _read_template(template_data)
+    if _sha1(template_data) != sha1:
+        raise _refuse(f"the template digest of {entry.path!r} is wrong")
+    return entry, end
+
+
+def _read_template(data: bytes) -> Entry:
+    digest_at = _LENGTH.size + len(_DIGEST_PREFIX)
+    path_at = 2 * _LENGTH.size + _DIGEST_FIELD_BYTES
+    path = data[path_at:-1].decode("ascii", "replace")
+    entry = Entry(path, data[digest_at : digest_at + PCR_BYTES])
+    # Building it again and comparing checks every length, the algorithm's name and the terminators at once.
+    if not _PATH.fullmatch(path) or entry.template_data() != data:
+        raise _refuse("an entry's data is not a SHA-256 digest and a printable path")
+    return entry
+
+
+def parse_entries(data: bytes, pcr: int) -> Iterator[Entry]:
+    """Yield the entries of a binary log.
+
+    Raises:
+        VerificationError: ``log-replay``: malformed, cut short, or over a limit.
+    """
+    if len(data) > MAX_LOG_BYTES:
+        raise _refuse(f"{len(data)} bytes of entries are over {MAX_LOG_BYTES}")
+    at = count = 0
+    while at < len(data):
+        found = read_entry(data, at, pcr)
+        if found is None:
+            raise _refuse("the last entry is cut short")
+        count += 1
+        if count > MAX_LOG_ENTRIES:
+            raise _refuse(f"the log has more than {MAX_LOG_ENTRIES} entries")
+        entry, at = found
+        yield entry
+
+
+def replay(entries: Iterable[Entry], start: bytes = ZERO_PCR) -> bytes:
+    """Return the SHA-256 PCR after extending it by the entries, in their order."""
+    value = start
+    for entry in entries:
+        value = hashlib.sha256(value + hashlib.sha256(entry.template_data()).digest()).digest()
+    return value
+
+
+class LogState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a log says is in force. Digests are lower-case hex.
+
+    Attributes:
+        boot_aggregate: digest of the first entry, if that is what it was.
+        config: settings in force.
+        policy_revision: revision of the policy in force.
+        policy: digest of that bundle.
+        models: files in force, by ``name/version/file``.
+        refused: open refusals, by ``name/version/file``.
+        seen: every (``config``, ``policy`` or ``name/version/file``; digest) that was in force since the log began.
+    """
+
+    boot_aggregate: str | None = None
+    config: str | None = None
+    policy_revision: str | None = None
+    policy: str | None = None
+    models: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    seen: frozenset[tuple[str, str]] = frozenset()
+
+    def after(self, entries: Iterable[Entry], *, at_start: bool = False) -> LogState:
+        """Return the state after further entries; ``at_start`` when the first of them is the log's first.
+
+        Raises:
+            VerificationError: ``log-replay``: an entry's path is none of those that the agent writes.
+        """
+        fold = _Fold(self)
+        for index, entry in enumerate(entries):
+            fold.apply(entry, first=at_start and index == 0)
+        return fold.state()
+
+
+class _Fold:
+    """A LogState in the making."""
+
+    def __init__(self, state: LogState) -> None:
+        self._fields = {name: getattr(state, name) for name in state.__struct_fields__}
+        self._models = dict(state.models)
+        self._refused = dict(state.refused)
+        self._seen = set(state.seen)
+
+    def state(self) -> LogState:
+        return LogState(
+            **self._fields | {"models": self._models, "refused": self._refused, "seen": frozenset(self._seen)}
+        )
+
+    def apply(self, entry: Entry, *, first: bool) -> None:
+        digest = entry.digest.hex()
+        if first != (entry.path == BOOT_AGGREGATE):
+            raise _refuse(f"{BOOT_AGGREGATE} is the first entry and no other")
+        match entry.path.split("/", 4):
+            case ["boot_aggregate"]:
+                self._fields["boot_aggregate"] = digest
+            case ["edgewarden", "config"]:
+                self._fields["config"] = digest
+                self._seen.add(("config", digest))
+            case ["edgewarden", "policy", revision]:
+                self._fields |= {"policy_revision": revision, "policy": digest}
+                self._seen.add(("policy", digest))
+            case ["edgewarden", "models", name, version, file]:
+                key = f"{name}/{version}/{file}"
+                self._models[key] = digest
+                self._refused.pop(key, None)
+                self._seen.add((key, digest))
+            case ["edgewarden", "refused", name, version, file]:
+                self._refused[f"{name}/{version}/{file}"] = digest
+            case ["edgewarden", "unload", name, version]:
+                gone = f"{name}/{version}/"
+                self._models = {key: value for key, value in self._models.items() if not key.startswith(gone)}
+            case _:
+                raise _refuse(f"{entry.path!r} is no path that the agent measures")

@@ -1,0 +1,1 @@
+"""The agent's own listeners: health and metrics, the admin socket, Evidence for controllers."""

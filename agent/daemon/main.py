@@ -1,0 +1,318 @@
+"""Start, run and stop the agent.
+
+Rules:
+
+1. The order of a start: the state is locked, sockets are bound and the zygote is exec'd before any secret or TPM is opened; then audit log, TPM,
+   measurement log, configuration measured, policy, models, gateway. No port is open before the models are handed over.
+2. The first task that fails stops the process; shutdown has two stages: requests drain, then everything ends.
+3. A TPM reset under the running agent ends the process: what is loaded is no longer in the log of this boot. The service manager starts it
+   again, and everything is measured anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import signal
+import socket
+import ssl
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Final
+
+import structlog
+import uvloop
+from aiohttp import web
+
+from agent import clock
+from agent.attest.log import MeasurementLog, TpmResetError
+from agent.attest.measurement import ZERO_PCR, config_entry
+from agent.attest.tpm import TpmThread
+from agent.audit.log import AuditLog, Space
+from agent.config import ControlSettings, Environment, Settings
+from agent.control.health import Health, Metrics, health_application
+from agent.control.surface import admin_application, evidence_application
+from agent.daemon.node import Node
+from agent.daemon.provision import (
+    Listeners,
+    bind_listeners,
+    child_user,
+    gateway_spec,
+    lock_state,
+    make_directory,
+    read_pem,
+    spki_sha256,
+    trust_store,
+)
+from agent.errors import EdgeWardenError, TpmError, VerificationError
+from agent.flows.attestation import AttestationFlow
+from agent.flows.dataplane import Dataplane
+from agent.flows.models import ModelKeeper
+from agent.flows.policies import PolicyKeeper
+from agent.host.notify import Notifier
+from agent.host.posture import posture
+from agent.host.watch import StoreWatcher
+from agent.inference.package import PackageLimits
+from agent.isolation.sandbox import Limits
+from agent.isolation.supervisor import Zygote
+from agent.policy.client import PolicyClient
+from agent.policy.opa_server import OpaProgram
+from agent.policy.pool import PolicyPool
+from agent.records import AuditEvent, JsonValue
+
+__all__ = ["PRELOAD", "run"]
+
+# What children import, and what libraries would import later, when there is no file system any more.
+PRELOAD: Final = (
+    "agent.gateway.entry",
+    "agent.policy.worker",
+    "agent.inference.inspector",
+    "cryptography.hazmat.backends.openssl.backend",
+    "encodings.idna",
+)
+POLICY_OPEN_FILES: Final = 64
+TPM_CHECK_S: Final = 10.0
+HEALTH_CHECK_S: Final = 1.0
+_log = structlog.get_logger(__name__)
+
+
+def run(settings: Settings, environment: Environment) -> None:
+    """Run the agent until SIGTERM or SIGINT.
+
+    Raises:
+        EdgeWardenError: what stopped it.
+    """
+    lock = lock_state(Path(settings.node.state_dir))
+    listeners = bind_listeners(settings)
+    try:
+        # Before any secret is opened; blocks until everything is imported.
+        zygote = Zygote.start(PRELOAD, user=child_user(settings), sandbox_required=settings.sandbox.required)
+        try:
+            uvloop.run(_Agent(settings, environment, listeners, zygote).run())
+        except* EdgeWardenError as group:
+            raise _first(group) from None
+        finally:
+            zygote.close()
+    finally:
+        listeners.close()
+        os.close(lock)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+class _Agent:
+    def __init__(self, settings: Settings, environment: Environment, listeners: Listeners, zygote: Zygote) -> None:
+        self._settings = settings
+        self._listeners = listeners
+        self._zygote = zygote
+        self._state = Path(settings.node.state_dir)
+        self._notifier = Notifier(environment.notify_socket)
+        self._watchdog_s = (environment.watchdog_usec or 0) / 2e6 or HEALTH_CHECK_S
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        async with contextlib.AsyncExitStack() as stack:
+            node = await self._build(stack)
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(self._zygote.run()), tasks.create_task(node.pool.run())]
+                try:
+                    await self._bring_up(node, stack, tasks, running)
+                    await self._stop.wait()
+                    await self._shut_down(node)
+                finally:
+                    for task in running:
+                        task.cancel()
+
+    async def _build(self, stack: contextlib.AsyncExitStack) -> Node:
+        """Open everything that needs no other; what was opened is closed in the reverse order."""
+        settings = self._settings
+        health = Health()
+        health.report("live", holds=True, why="the control plane runs")
+        health.report("connected", holds=False, why="no controller is configured")
+        audit = await AuditLog.open(
+            self._state / "audit",
+            settings.node.id,
+            durability=settings.audit.durability,
+            space=Space(budget_bytes=settings.audit.max_bytes),
+        )
+        stack.push_async_callback(audit.close)
+        tpm = TpmThread(settings.tpm.tcti, call_timeout_s=settings.tpm.timeout_ms / 1000)
+        stack.push_async_callback(tpm.close)
+        start = bytes.fromhex(settings.tpm.start_value) if settings.tpm.start_value else ZERO_PCR
+        log = await MeasurementLog.open(tpm, self._state / "measurements", settings.tpm.pcr, start)
+        await log.append(config_entry(hashlib.sha256(settings.measured()).digest()))
+        health.report("attested", holds=True, why="the measurement log and the TPM agree")
+
+        deadline_s = settings.policy.evaluation_deadline_ms / 1000
+        total_s = settings.policy.total_deadline_ms / 1000
+        trusted = [read_pem("policy.trusted_keys", path) for path in settings.policy.trusted_keys]
+        if not settings.policy.require_signature:
+            trusted = []
+        pool = PolicyPool(
+            self._zygote,
+            trusted_keys=trusted,
+            limits=Limits(settings.policy.worker_memory_bytes, POLICY_OPEN_FILES),
+            opa=OpaProgram(settings.policy.opa_binary) if settings.policy.engine == "opa" else None,
+            deadline_s=deadline_s,
+            total_deadline_s=total_s,
+        )
+        stack.push_async_callback(pool.close)
+        # The subscription that answers for overruns exists only once there is a client to subscribe.
+        client = PolicyClient(lambda worker: workers.overrun(worker), deadline_s=deadline_s, total_deadline_s=total_s)  # noqa: PLW0108 -- bound later
+        stack.callback(client.close)
+        workers = pool.subscribe(client.attach)
+        metrics = Metrics(health, lambda: {"audit_records": audit.head().size})
+        node = Node(settings.node.id, audit, health, metrics, client, pool)
+        spec, sealed = gateway_spec(settings, self._listeners.inference)
+        for file in sealed:
+            stack.callback(file.close)
+        node.dataplane = Dataplane(self._zygote, spec, node)
+        node.models = ModelKeeper(
+            Path(settings.models.store),
+            trust_store(settings),
+            PackageLimits(max_total_bytes=settings.models.max_package_bytes),
+            settings.models.inspect_timeout_ms / 1000,
+            zygote=self._zygote,
+            log=log,
+            dataplane=node.dataplane,
+            hooks=node,
+        )
+        node.policies = PolicyKeeper(
+            self._state / "policy",
+            trusted,
+            pool=pool,
+            log=log,
+            dataplane=node.dataplane,
+            hooks=node,
+        )
+        certificate = read_pem("inference.certificate", settings.inference.certificate)
+        node.attestation = AttestationFlow(
+            node=settings.node.id,
+            boot_id=_boot_id(),
+            tpm=tpm,
+            log=log,
+            audit=audit,
+            inference_spki_sha256=spki_sha256("inference.certificate", certificate),
+            posture_source=lambda: _flat(posture(self._state)),
+        )
+        return node
+
+    async def _bring_up(
+        self, node: Node, stack: contextlib.AsyncExitStack, tasks: asyncio.TaskGroup, running: list[asyncio.Task[None]]
+    ) -> None:
+        settings = self._settings
+        await node.record(AuditEvent(kind="node.start", time_us=clock.now_us(), outcome="ok", principal="edgewarden"))
+        # The operator can ask for the reason while the rest is still on its way.
+        await self._serve(stack, health_application(node.health, node.metrics), self._listeners.health_unix)
+        if self._listeners.metrics:
+            await self._serve(stack, health_application(node.health, node.metrics), self._listeners.metrics)
+        await node.policies.start(Path(settings.policy.bundle))
+        node.health.report("enforcing", holds=True, why=f"policy {node.policies.status()['revision']}")
+        store = Path(settings.models.store)
+        make_directory("models.store", store)
+        # Before the packages are read, so that no change is missed in between.
+        watcher = StoreWatcher(store, lambda name, version: self._look_again(node, tasks, name, version))
+        await node.models.scan()
+        running.append(tasks.create_task(node.dataplane.run()))
+        await node.dataplane.wait_ready()
+        await self._serve(stack, admin_application(node), self._listeners.admin_unix)
+        if settings.control and self._listeners.control:
+            context, spki = _control_tls(settings.control)
+            await self._serve(stack, evidence_application(node, spki), self._listeners.control, context)
+        running.append(tasks.create_task(watcher.run()))
+        running.append(tasks.create_task(self._check_tpm(node)))
+        running.append(tasks.create_task(self._keep_alive(node)))
+        host, port = self._listeners.inference.getsockname()[:2]
+        self._notifier.ready()
+        self._notifier.status(f"serving on {host}:{port}")
+        _log.info("serving", address=host, port=port, models=len(node.dataplane.models))
+
+    async def _serve(
+        self,
+        stack: contextlib.AsyncExitStack,
+        application: web.Application,
+        sock: socket.socket,
+        context: ssl.SSLContext | None = None,
+    ) -> None:
+        runner = web.AppRunner(application, access_log=None, handle_signals=False)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        await web.SockSite(runner, sock, ssl_context=context).start()
+
+    def _look_again(self, node: Node, tasks: asyncio.TaskGroup, name: str, version: str) -> None:
+        if not self._stop.is_set():
+            tasks.create_task(_logged(node.models.changed(name, version), model=name, version=version))
+
+    async def _check_tpm(self, node: Node) -> None:
+        """Keep the fact ``attested``: the TPM answers and still holds what the log says."""
+        while True:
+            await asyncio.sleep(TPM_CHECK_S)
+            try:
+                async with node.attestation.log.locked() as now:
+                    clock_info = await node.attestation.tpm.call(lambda tpm: tpm.clock())
+                    value = await node.attestation.tpm.call(lambda tpm: tpm.read_pcrs([node.attestation.log.pcr]))
+                if clock_info.reset_count != now.reset_count:
+                    raise TpmResetError("the TPM was reset under the running agent")
+                if value[node.attestation.log.pcr] != now.value:
+                    raise VerificationError("measurement-log", "the PCR no longer holds what the log says")
+                node.health.report("attested", holds=True, why="the measurement log and the TPM agree")
+            except TpmResetError:
+                raise
+            except (TpmError, VerificationError) as error:
+                if node.health.report("attested", holds=False, why=str(error)):
+                    _log.error("attestation_lost", error=str(error))
+
+    async def _keep_alive(self, node: Node) -> None:
+        while True:
+            self._notifier.watchdog()
+            loops = [
+                name
+                for name, holds in (("gateway", node.dataplane.crash_loop), ("policy", node.pool.crash_loop))
+                if holds
+            ]
+            node.health.detail("crash_loops", list(loops))
+            await asyncio.sleep(min(self._watchdog_s, HEALTH_CHECK_S))
+
+    async def _shut_down(self, node: Node) -> None:
+        self._notifier.stopping()
+        node.health.report("ready", holds=False, why="the agent is stopping")
+        await node.dataplane.drain(self._settings.inference.drain_timeout_ms / 1000)
+        await node.record(AuditEvent(kind="node.stop", time_us=clock.now_us(), outcome="ok", principal="edgewarden"))
+
+
+async def _logged(work: Awaitable[None], **fields: str) -> None:
+    """Run work whose failure is the host's, not ours: what it would have changed stays out of service."""
+    try:
+        await work
+    except TpmResetError:
+        raise
+    except EdgeWardenError as error:
+        _log.error("model_check_failed", error=str(error), **fields)
+
+
+def _control_tls(control: ControlSettings) -> tuple[ssl.SSLContext, str]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    certificate = read_pem("control.certificate", control.certificate)
+    read_pem("control.key", control.key, secret=True)
+    context.load_cert_chain(control.certificate, control.key)
+    context.load_verify_locations(cadata=read_pem("control.client_ca", control.client_ca).decode())
+    context.verify_mode = ssl.CERT_REQUIRED
+    return context, spki_sha256("control.certificate", certificate)
+
+
+def _flat(facts: dict[str, JsonValue]) -> dict[str, str | int | bool]:
+    """Leave the facts that Evidence can carry: it has no lists."""
+    return {name: value for name, value in facts.items() if isinstance(value, str | int)}
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,0 +1,317 @@
+"""A model package from the store to the gateway, and back out when it no longer is what was measured.
+
+The steps, in this order, for each package at boot and whenever its files change:
+
+1. read: every file once, into sealed memory; digests are taken over that memory.
+2. verify: the signature lists exactly these files with these digests, by a trusted signer; the manifest names this very package.
+3. inspect: a sandboxed process checks the graph and makes a trial run.
+4. measure: each file that is to be handed over is in the log and in the PCR.
+5. authorize: the policy allows ``load``; where it denies, the log says that the package is out of force again.
+6. record: the audit log holds it.
+7. hand over: the gateway makes its session from the same sealed memory.
+
+A new policy is asked again about every package in force. A package that fails at any step is not loaded; where files differ from what was in force, or a new package is refused as a whole, each refused
+file is measured as refused. A package that was in force and no longer verifies is taken from the gateway first and measured as unloaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+
+from agent import clock
+from agent.attest.log import MeasurementLog
+from agent.attest.measurement import model_entry, refused_entry, unload_entry
+from agent.errors import HostError, VerificationError
+from agent.flows.dataplane import Dataplane, ServedModel
+from agent.inference.inspection import inspect
+from agent.inference.manifest import MANIFEST_FILE, ModelManifest
+from agent.inference.package import MODEL_FILE, Package, PackageLimits, read_package
+from agent.inference.signing import Signer, TrustStore, verify_package
+from agent.isolation.supervisor import Zygote
+from agent.records import AuditEvent, JsonValue, PolicyAnswer
+
+__all__ = ["ModelHooks", "ModelKeeper"]
+
+_log = structlog.get_logger(__name__)
+
+
+class ModelHooks(Protocol):
+    """What the flow needs besides its own rooms."""
+
+    @property
+    def policy_sha256(self) -> str:
+        """Digest of the policy in force."""
+
+    async def authorize(self, action: str, resource: dict[str, Any]) -> PolicyAnswer:
+        """Ask the policy as the node itself."""
+
+    def record(self, event: AuditEvent) -> asyncio.Future[Any]:
+        """Append to the audit log."""
+
+
+@dataclass(frozen=True, slots=True)
+class _InForce:
+    digest: str
+    signer: str
+    policy_sha256: str
+    files: Mapping[str, str]  # digests of all files of the package
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    reason: str
+    files: Mapping[str, str]
+
+
+class ModelKeeper:
+    """Keeps what is loaded in line with what the store holds.
+
+    Args:
+        store: the directory ``<name>/<version>/``.
+        trust: whose signatures count.
+        limits: of a package.
+        inspect_timeout_s: time for one inspection.
+    """
+
+    def __init__(
+        self,
+        store: Path,
+        trust: TrustStore,
+        limits: PackageLimits,
+        inspect_timeout_s: float,
+        *,
+        zygote: Zygote,
+        log: MeasurementLog,
+        dataplane: Dataplane,
+        hooks: ModelHooks,
+    ) -> None:
+        self._store = store
+        self._trust = trust
+        self._limits = limits
+        self._inspect_timeout_s = inspect_timeout_s
+        self._zygote = zygote
+        self._log = log
+        self._dataplane = dataplane
+        self._hooks = hooks
+        self._in_force: dict[tuple[str, str], _InForce] = {}
+        self._refused: dict[tuple[str, str], _Refused] = {}
+        self._packages: dict[tuple[str, str], Package] = {}
+        self._turn = asyncio.Lock()
+
+    def status(self) -> list[JsonValue]:
+        """Return what is loaded and what is refused, and why."""
+        loaded: list[JsonValue] = [
+            {"name": name, "version": version, "state": "loaded", "digest": model.digest, "signer": model.signer}
+            for (name, version), model in sorted(self._in_force.items())
+        ]
+        refused: list[JsonValue] = [
+            {"name": name, "version": version, "state": "refused", "reason": refusal.reason}
+            for (name, version), refusal in sorted(self._refused.items())
+        ]
+        return loaded + refused
+
+    async def scan(self) -> None:
+        """Bring every package of the store, and every loaded one, up to date."""
+        present = await asyncio.to_thread(_packages, self._store)
+        for name, version in sorted({*present, *self._in_force, *self._refused}):
+            await self.changed(name, version)
+
+    async def changed(self, name: str, version: str) -> None:
+        """Look at one package again; nothing happens when it is what is in force.
+
+        Raises:
+            TpmError, HostError, AuditError: a step of ours failed; the package is not loaded.
+        """
+        async with self._turn:
+            directory = self._store / name / version
+            if not await asyncio.to_thread(directory.is_dir):
+                await self._gone(name, version)
+                return
+            try:
+                package = await asyncio.to_thread(read_package, directory, self._limits)
+            except (VerificationError, HostError) as error:
+                await self._refuse(name, version, {}, str(error))
+                return
+            kept = False
+            try:
+                kept = await self._bring(name, version, package)
+            except VerificationError as error:
+                await self._refuse(name, version, package.digests(), str(error))
+            finally:
+                if not kept:
+                    package.close()
+
+    async def drop_all(self, reason: str) -> None:
+        """Take every model away from the gateway and measure that."""
+        async with self._turn:
+            for name, version in list(self._in_force):
+                await self._unload(name, version, reason)
+
+    async def _bring(self, name: str, version: str, package: Package) -> bool:
+        """Steps 2 to 7; returns whether the package is in force now and must stay open."""
+        key = (name, version)
+        # 2. verify
+        signer, manifest = await asyncio.to_thread(self._verify, name, version, package)
+        force = self._in_force.get(key)
+        same = force is not None and force.digest == package.sha256 and force.signer == signer.sha256_of_spki
+        if same and force is not None and force.policy_sha256 == self._hooks.policy_sha256:
+            self._refused.pop(key, None)
+            return False
+        handed: list[str] = []
+        if not same:
+            # 3. inspect
+            report = await inspect(self._zygote, package, self._inspect_timeout_s)
+            # 4. measure
+            handed = _handed_over(manifest, report.gate.external)
+            for path in handed:
+                await self._log.append(model_entry(name, version, path, bytes.fromhex(package.file(path).sha256)))
+        # 5. authorize
+        answer = await self._hooks.authorize(
+            "load",
+            {
+                "model": name,
+                "version": version,
+                "digest": package.sha256,
+                "signer": signer.sha256_of_spki,
+                "measured": True,
+                "sensitivity": manifest.sensitivity,
+            },
+        )
+        if not answer.decision.allow:
+            await self._denied(name, version, package, answer)
+            return False
+        if same and force is not None:
+            self._in_force[key] = dataclasses.replace(force, policy_sha256=answer.policy_sha256)
+            return False
+        # 6. record
+        await self._record("model.load", "ok", name, version, package.sha256, answer=answer)
+        # 7. hand over
+        self._in_force[key] = _InForce(package.sha256, signer.sha256_of_spki, answer.policy_sha256, package.digests())
+        self._refused.pop(key, None)
+        served = ServedModel(
+            name, version, package.sha256, signer.sha256_of_spki, {path: package.file(path) for path in handed}
+        )
+        error = await self._dataplane.load(served)
+        old = self._packages.pop(key, None)
+        if old:
+            old.close()
+        self._packages[key] = package
+        if error:
+            await self._unload(name, version, error)
+            return True
+        _log.info("model_loaded", model=name, version=version, digest=package.sha256, signer=signer.sha256_of_spki)
+        return True
+
+    def _verify(self, name: str, version: str, package: Package) -> tuple[Signer, ModelManifest]:
+        signer = verify_package(package, self._trust)
+        manifest = package.manifest()
+        if (manifest.name, manifest.version) != (name, version):
+            raise VerificationError(
+                "package-name", f"the manifest says {manifest.name}/{manifest.version}, the store {name}/{version}"
+            )
+        return signer, manifest
+
+    async def _refuse(self, name: str, version: str, digests: Mapping[str, str], reason: str) -> None:
+        key = (name, version)
+        force = self._in_force.get(key)
+        if force is not None:
+            await self._unload(name, version, reason)
+            known = force.files
+            wrong = {path: digest for path, digest in digests.items() if known.get(path, digest) != digest}
+        else:
+            before = self._refused.get(key)
+            wrong = {} if before is not None and before.files == digests else dict(digests)
+        self._refused[key] = _Refused(reason, dict(digests))
+        for path, digest in sorted(wrong.items()):
+            if self._log_state_refused(name, version, path) != digest:
+                await self._log.append(refused_entry(name, version, path, bytes.fromhex(digest)))
+        _log.warning("model_refused", model=name, version=version, reason=reason)
+        await self._record("model.refuse", "refused", name, version, "", error=reason)
+
+    def _log_state_refused(self, name: str, version: str, path: str) -> str | None:
+        settled = self._log.settled
+        return settled.state.refused.get(f"{name}/{version}/{path}") if settled else None
+
+    async def _denied(self, name: str, version: str, package: Package, answer: PolicyAnswer) -> None:
+        reasons = ", ".join(answer.decision.reasons) or answer.error or "no reason given"
+        self._refused[name, version] = _Refused(f"denied by policy: {reasons}", package.digests())
+        if (name, version) in self._in_force:
+            await self._unload(name, version, f"denied by policy: {reasons}")
+        else:
+            await self._log.append(unload_entry(name, version))
+        _log.warning("model_denied", model=name, version=version, reasons=reasons)
+        await self._record("model.load", "denied", name, version, package.sha256, answer=answer)
+
+    async def _gone(self, name: str, version: str) -> None:
+        self._refused.pop((name, version), None)
+        if (name, version) in self._in_force:
+            await self._unload(name, version, "removed from the store")
+
+    async def _unload(self, name: str, version: str, reason: str) -> None:
+        force = self._in_force.pop((name, version))
+        # Out of service first: what follows may fail, and must not keep a doubtful model answering.
+        self._dataplane.unload(name, version)
+        package = self._packages.pop((name, version), None)
+        if package:
+            package.close()
+        _log.warning("model_unloaded", model=name, version=version, reason=reason)
+        await self._log.append(unload_entry(name, version))
+        await self._record("model.unload", "ok", name, version, force.digest, error=reason)
+
+    async def _record(
+        self,
+        kind: str,
+        outcome: Any,  # noqa: ANN401 -- the literal of AuditEvent.outcome
+        name: str,
+        version: str,
+        digest: str,
+        *,
+        answer: PolicyAnswer | None = None,
+        error: str = "",
+    ) -> None:
+        event = AuditEvent(
+            kind=kind,
+            time_us=clock.now_us(),
+            outcome=outcome,
+            principal="edgewarden",
+            principal_kind="unix",
+            action=kind.partition(".")[2],
+            model=name,
+            version=version,
+            model_sha256=digest,
+            policy_sha256=answer.policy_sha256 if answer else "",
+            policy_revision=answer.revision if answer else "",
+            decision_id=answer.decision_id if answer else "",
+            reasons=answer.decision.reasons if answer else (),
+            error=error or (answer.error or "" if answer else ""),
+        )
+        await self._hooks.record(event)
+
+
+def _handed_over(manifest: ModelManifest, external: tuple[str, ...]) -> list[str]:
+    names = {MODEL_FILE, MANIFEST_FILE, *external}
+    if manifest.labels is not None:
+        names.add(manifest.labels)
+    return sorted(names)
+
+
+def _packages(store: Path) -> list[tuple[str, str]]:
+    """List ``<name>/<version>`` directories; hidden ones are an installation on its way."""
+    found: list[tuple[str, str]] = []
+    if not store.is_dir():
+        return found
+    for name in store.iterdir():
+        if name.is_dir() and not name.name.startswith("."):
+            found += [
+                (name.name, version.name)
+                for version in name.iterdir()
+                if version.is_dir() and not version.name.startswith(".")
+            ]
+    return found

@@ -1,0 +1,170 @@
+"""A policy bundle from its bytes to the decisions that it makes.
+
+The steps, in this order, at boot and at each activation:
+
+1. verify: OPA's bundle signature by a trusted key, where the configuration demands one (it does by default).
+2. try out: a new template process loads it, evaluates every package and decides samples within the deadline.
+3. measure: the digest of the bundle's bytes is in the log and in the PCR.
+4. record: the audit log holds it.
+5. activate: all askers get workers of the new template; the native limits follow; the bundle is kept as the last known good.
+
+A bundle that fails at any step leaves the old one in force, untouched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+import structlog
+
+from agent import clock
+from agent.attest.log import MeasurementLog
+from agent.attest.measurement import policy_entry
+from agent.errors import HostError, PolicyError, VerificationError
+from agent.flows.dataplane import Dataplane
+from agent.flows.models import ModelHooks
+from agent.flows.policy_data import AREAS, PolicyData
+from agent.isolation.memfd import seal_bytes
+from agent.policy.bundle import Bundle
+from agent.policy.last_good import load_last_good, save_last_good
+from agent.policy.pool import Activation, PolicyPool
+from agent.records import AuditEvent, JsonValue, Principal
+
+__all__ = ["PolicyKeeper"]
+
+CONFIGURED_MARKER: Final = "configured.sha256"
+
+_log = structlog.get_logger(__name__)
+
+
+class PolicyKeeper:
+    """Keeps the active policy and its last known good copy.
+
+    Args:
+        state: directory of the last known good bundle.
+        trusted: PEM keys that sign bundles; empty where no signature is demanded.
+    """
+
+    def __init__(
+        self,
+        state: Path,
+        trusted: Sequence[bytes],
+        *,
+        pool: PolicyPool,
+        log: MeasurementLog,
+        dataplane: Dataplane,
+        hooks: ModelHooks,
+    ) -> None:
+        self._state = state
+        self._trusted = trusted
+        self._pool = pool
+        self._log = log
+        self._dataplane = dataplane
+        self._hooks = hooks
+        self._active: Activation | None = None
+        self._configured_digest = ""
+        self._turn = asyncio.Lock()
+
+    def status(self) -> dict[str, JsonValue]:
+        """Return revision and digest of the active policy."""
+        if self._active is None:
+            return {"revision": None, "sha256": None}
+        return {"revision": self._active.revision, "sha256": self._active.sha256}
+
+    async def start(self, configured: Path) -> None:
+        """Activate the bundle for this start.
+
+        Raises:
+            PolicyError, VerificationError: it is refused.
+            HostError: a file can't be read or written.
+        """
+        self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        data = await asyncio.to_thread(self._choose, configured)
+        await self.activate(data, Principal(id="edgewarden", kind="unix", roles=("node",)))
+
+    async def activate(self, data: bytes, principal: Principal) -> dict[str, JsonValue]:
+        """Take a bundle through all steps.
+
+        Raises:
+            PolicyError, VerificationError: it is refused; the old one stays in force.
+        """
+        async with self._turn:
+            native = b""
+
+            async def before_use(activation: Activation) -> None:
+                # 3. measure, 4. record; the workers follow, and nothing can fail any more once the bundle is kept.
+                await self._log.append(policy_entry(activation.revision, bytes.fromhex(activation.sha256)))
+                await self._record("ok", principal, activation)
+                await asyncio.to_thread(self._keep, data)
+                self._dataplane.set_policy_data(activation.sha256, seal_bytes("policy-data", native))
+
+            try:
+                native = await asyncio.to_thread(_native, data, self._trusted)
+                self._active = await self._pool.activate(data, before_use)
+            except (PolicyError, VerificationError) as error:
+                await self._record("refused", principal, error=str(error))
+                raise
+            return self.status()
+
+    def _choose(self, configured: Path) -> bytes:
+        """The configured bundle where it is new since it was last taken up, else the last known good."""
+        kept = load_last_good(self._state)
+        try:
+            data = configured.read_bytes()
+        except OSError as error:
+            if kept is None:
+                raise HostError(f"policy.bundle: {configured}: {error.strerror}") from error
+            _log.warning("configured_policy_unreadable", path=str(configured), error=error.strerror)
+            return kept
+        marker = self._state / CONFIGURED_MARKER
+        known = marker.read_text() if marker.exists() else ""
+        digest = hashlib.sha256(data).hexdigest()
+        if kept is not None and known == digest:
+            return kept
+        self._configured_digest = digest
+        return data
+
+    def _keep(self, data: bytes) -> None:
+        save_last_good(self._state, data)
+        if self._configured_digest:
+            # After the bundle: a crash in between takes the configured bundle up once more.
+            (self._state / CONFIGURED_MARKER).write_text(self._configured_digest)
+            self._configured_digest = ""
+
+    async def _record(
+        self,
+        outcome: Literal["ok", "refused"],
+        principal: Principal,
+        activation: Activation | None = None,
+        *,
+        error: str = "",
+    ) -> None:
+        await self._hooks.record(
+            AuditEvent(
+                kind="policy.activate",
+                time_us=clock.now_us(),
+                outcome=outcome,
+                principal=principal.id,
+                principal_kind=principal.kind,
+                action="policy.activate",
+                policy_sha256=activation.sha256 if activation else "",
+                policy_revision=activation.revision if activation else "",
+                error=error,
+            )
+        )
+
+
+def _native(data: bytes, trusted: Sequence[bytes]) -> bytes:
+    """Return the areas of a bundle's data that the gateway enforces, once it is known that they compile."""
+    bundle = Bundle.from_bytes(data, trusted)
+    missing = [area for area in AREAS if area not in bundle.data]
+    if missing:
+        raise PolicyError(f"the bundle has no data.{missing[0]}")
+    document = msgspec.json.encode({area: bundle.data[area] for area in AREAS})
+    PolicyData.parse(document)
+    return document

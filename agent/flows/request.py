@@ -1,0 +1,371 @@
+"""One inference request, from its headers to its recorded answer.
+
+The steps, in this order; none is left out for anyone, and whatever fails at a step ends there, recorded:
+
+1. identify: the TLS peer's certificate, or a bearer token, becomes a Principal.
+2. admit: the announced size; then the body is read, within its size, its time and its memory; the principal's rate and concurrency.
+3. decode: the body becomes tensors, within the wire format's limits.
+4. authorize: the policy decides on subject, action, resource, request and node. No answer is a deny.
+5. sanitize: the profile that the decision names, else the manifest's.
+6. infer: the session that was built from the measured bytes.
+7. egress: the output profile that the decision names, else the manifest's.
+8. audit: the record, with salted digests of inputs and outputs. In strict mode the answer waits for it (invariant 2).
+
+The order of 1 and 2 differs from a plain reading of *admit, identify*: connections are admitted before (``gateway/connections.py``); here a
+principal must be known before its own bucket can be charged.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import msgspec
+import numpy as np
+
+from agent import clock
+from agent.errors import AuditError, PeerError, PolicyError, VerificationError
+from agent.flows.policy_data import PolicyData
+from agent.flows.recording import AuditClient
+from agent.flows.running import Runner
+from agent.flows.sanitizing import sanitize_inputs
+from agent.guard.admission import Admission, check_batch, check_size
+from agent.guard.bodies import BodyBudget
+from agent.guard.egress import OutputProfile
+from agent.identity.peer import PeerVerifier
+from agent.identity.token import TokenVerifier, bearer_token
+from agent.inference.registry import LoadedModel, Registry
+from agent.inference.tensors import InferRequest, InferResponse, Tensor, salted_digest
+from agent.messages import NodeFacts
+from agent.policy.client import PolicyClient
+from agent.records import AuditEvent, PolicyAnswer, Principal
+
+__all__ = ["Answer", "Caller", "Counters", "RequestFlow", "Wire"]
+
+SALT_BYTES = 32
+_ANONYMOUS = Principal(id="", kind="mtls")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What the connection and the headers say of who asks; nothing of it is believed yet."""
+
+    certificate: bytes | None
+    authorization: str | None
+    source_ip: str
+
+
+class Wire(Protocol):
+    """The request as the wire format's side holds it."""
+
+    @property
+    def announced_bytes(self) -> int | None:
+        """Content-Length, when there is one."""
+
+    async def read(self, max_bytes: int) -> bytes:
+        """Read the body; ``PeerError`` 413 or 408."""
+
+    def decode(self, body: bytes, model: LoadedModel) -> InferRequest:
+        """Decode it; ``PeerError`` 400."""
+
+    def encode(self, request: InferRequest, response: InferResponse) -> tuple[bytes, int | None]:
+        """Encode the answer, with the size of its JSON part when binary parts follow; ``PeerError`` 400."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the caller gets, with what goes into the headers."""
+
+    body: bytes
+    header_length: int | None
+    decision_id: str
+    salt: bytes
+    latency_us: Mapping[str, int]
+
+
+class Counters:
+    """Counters that the gateway reports; see ``agent/control/health.py`` for the form of the keys."""
+
+    EDGES = (100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 1_000_000)
+
+    def __init__(self) -> None:
+        self.values: dict[str, int] = {}
+
+    def count(self, key: str, by: int = 1) -> None:
+        """Add to a counter."""
+        self.values[key] = self.values.get(key, 0) + by
+
+    def observe(self, latency_us: Mapping[str, int]) -> None:
+        """Add a request's latency split to the histograms."""
+        for stage, micros in latency_us.items():
+            edge = next((str(edge) for edge in self.EDGES if micros <= edge), "+Inf")
+            self.count(f"latency|le={edge}|stage={stage}")
+            self.count(f"latency|le=sum|stage={stage}", micros)
+
+
+@dataclass(slots=True)
+class _Trace:
+    """What is known of a request so far, for its record."""
+
+    action: str
+    source_ip: str
+    began_us: int = field(default_factory=clock.now_us)
+    principal: Principal = _ANONYMOUS
+    model: str = ""
+    version: str = ""
+    loaded: LoadedModel | None = None
+    answer: PolicyAnswer | None = None
+    sanitizer: str = ""
+    latency_us: dict[str, int] = field(default_factory=dict)
+    mark_ns: int = field(default_factory=time.perf_counter_ns)
+
+    def stage(self, name: str) -> None:
+        """End a stage of the latency split."""
+        now = time.perf_counter_ns()
+        self.latency_us[name] = (now - self.mark_ns) // 1000
+        self.mark_ns = now
+
+    def event(self, kind: str, outcome: Literal["ok", "denied", "refused", "failed"], **more: Any) -> AuditEvent:  # noqa: ANN401
+        """Build the record."""
+        answer = self.answer
+        return AuditEvent(
+            kind=kind,
+            time_us=self.began_us,
+            outcome=outcome,
+            principal=self.principal.id,
+            principal_kind=self.principal.kind if self.principal.id else "",
+            action=self.action,
+            source_ip=self.source_ip,
+            model=self.model,
+            version=self.version,
+            model_sha256=self.loaded.sha256 if self.loaded else "",
+            sanitizer=self.sanitizer,
+            policy_sha256=answer.policy_sha256 if answer else "",
+            policy_revision=answer.revision if answer else "",
+            decision_id=answer.decision_id if answer else "",
+            reasons=answer.decision.reasons if answer else (),
+            latency_us=self.latency_us,
+            **more,
+        )
+
+
+@dataclass(slots=True)
+class RequestFlow:
+    """The collaborators of the flow; one for the life of a gateway."""
+
+    node: str
+    peers: PeerVerifier
+    tokens: TokenVerifier | None
+    admission: Admission
+    bodies: BodyBudget
+    policy: PolicyClient
+    registry: Registry
+    audit: AuditClient
+    counters: Counters
+    max_body_bytes: int
+    runner: Runner
+    generator: np.random.Generator
+    facts: NodeFacts
+    data: PolicyData = field(default_factory=PolicyData)
+    earlier_data: PolicyData = field(default_factory=PolicyData)
+
+    async def infer(self, caller: Caller, model: str, version: str, wire: Wire) -> Answer:
+        """Answer one request.
+
+        Raises:
+            PeerError: whatever the caller gets instead; it is recorded already.
+        """
+        trace = _Trace("infer", caller.source_ip)
+        try:
+            return await self._infer(trace, caller, model, version, wire)
+        except PeerError as error:
+            await self._refuse(trace, error)
+            raise
+        except (VerificationError, PolicyError) as error:
+            # The model broke its own manifest, or the policy's data does not fit: our side's fault, and no news for the caller.
+            refusal = PeerError(503, "node", "the node can't answer this request; its log says why")
+            await self._refuse(trace, refusal, str(error))
+            raise refusal from error
+
+    async def _infer(self, trace: _Trace, caller: Caller, model: str, version: str, wire: Wire) -> Answer:
+        # 1. identify
+        trace.principal = self._identify(caller)
+        trace.stage("identity")
+        # 2. admit
+        name = self.data.limit_for(trace.principal.id)
+        limit = self.admission.limit(name)
+        most = min(limit.max_bytes, self.max_body_bytes)
+        check_size(wire.announced_bytes, most)
+        with self.bodies.reserve(trace.principal.id, most if wire.announced_bytes is None else wire.announced_bytes):
+            body = await wire.read(most)
+        trace.stage("read")
+        now = clock.monotonic_us()
+        rate = self.admission.observe(trace.principal.id, now)
+        with await self.admission.enter(trace.principal.id, name, now):
+            loaded = self._find(trace, model, version)
+            trace.stage("admit")
+            # 3. decode
+            request = wire.decode(body, loaded)
+            batch = loaded.session.batch(request.inputs)
+            check_batch(batch, limit)
+            trace.stage("decode")
+            # 4. authorize
+            asked = {"bytes": len(body), "batch": batch, "rate": rate}
+            answer = await self._authorize(trace, loaded, asked)
+            trace.stage("policy")
+            # 5. sanitize
+            data = self._data_of(answer)
+            profile = data.sanitizer(answer.decision.obligations.sanitize, loaded.manifest)
+            trace.sanitizer = profile.name
+            inputs = sanitize_inputs(
+                profile, loaded.manifest, request.inputs, generator=self.generator, latency_us=trace.latency_us
+            )
+            trace.stage("sanitize")
+            # 6. infer
+            outputs = await self.runner.run(loaded, inputs)
+            trace.stage("infer")
+            # 7. egress
+            response = _egress(
+                data.output(answer.decision.obligations.output, loaded.manifest), loaded, request, outputs
+            )
+            encoded = wire.encode(request, response)
+            trace.stage("egress")
+            # 8. audit
+            salt = await self._record(trace, request, response)
+            return Answer(*encoded, answer.decision_id, salt, trace.latency_us)
+
+    async def metadata(self, caller: Caller, model: str = "", version: str = "") -> LoadedModel | None:
+        """Authorize a look at the server's (no ``model``) or at a model's metadata.
+
+        Raises:
+            PeerError: as :meth:`infer`.
+        """
+        trace = _Trace("metadata", caller.source_ip)
+        try:
+            trace.principal = self._identify(caller)
+            now = clock.monotonic_us()
+            rate = self.admission.observe(trace.principal.id, now)
+            with await self.admission.enter(trace.principal.id, self.data.limit_for(trace.principal.id), now):
+                loaded = self._find(trace, model, version) if model else None
+                if loaded:
+                    await self._authorize(trace, loaded, {"rate": rate})
+                await self._kept(trace.event("metadata", "ok"))
+        except PeerError as error:
+            await self._refuse(trace, error)
+            raise
+        except PolicyError as error:
+            refusal = PeerError(503, "node", "the node can't answer this request; its log says why")
+            await self._refuse(trace, refusal, str(error))
+            raise refusal from error
+        return loaded
+
+    async def refuse(self, caller: Caller, error: PeerError) -> PeerError:
+        """Record a call that nobody may make, with who made it where that is known; returns what to answer."""
+        trace = _Trace("open", caller.source_ip)
+        try:
+            trace.principal = self._identify(caller)
+        except PeerError as unknown:
+            error = unknown
+        await self._refuse(trace, error)
+        return error
+
+    def _identify(self, caller: Caller) -> Principal:
+        if caller.authorization is not None and self.tokens is not None:
+            return self.tokens.principal(bearer_token(caller.authorization))
+        if caller.certificate is not None:
+            return self.peers.principal(caller.certificate)
+        raise PeerError(401, "no_identity", "a client certificate or a bearer token is required")
+
+    def _find(self, trace: _Trace, model: str, version: str) -> LoadedModel:
+        loaded = self.registry.get(model, version)
+        trace.loaded, trace.model, trace.version = loaded, loaded.manifest.name, loaded.manifest.version
+        return loaded
+
+    async def _authorize(self, trace: _Trace, loaded: LoadedModel, asked: dict[str, Any]) -> PolicyAnswer:
+        """Ask the policy; what is unknown is absent from its input, version 1."""
+        manifest, facts = loaded.manifest, self.facts
+        node: dict[str, Any] = {"id": self.node, "trust": facts.trust, "posture": facts.posture}
+        if facts.attested_age_s is not None:
+            node["attested_age_s"] = facts.attested_age_s
+        answer = trace.answer = await self.policy.decide(
+            {
+                "subject": msgspec.structs.asdict(trace.principal),
+                "action": trace.action,
+                "resource": {
+                    "model": manifest.name,
+                    "version": manifest.version,
+                    "digest": loaded.sha256,
+                    "signer": loaded.signer,
+                    "measured": True,
+                    "sensitivity": manifest.sensitivity,
+                },
+                "request": {**asked, "source_ip": trace.source_ip, "time": clock.rfc3339(trace.began_us)},
+                "node": node,
+            }
+        )
+        if not answer.decision.allow:
+            words = "denied by policy"
+            if self.data.explain_denials and answer.decision.reasons:
+                words += ": " + ", ".join(answer.decision.reasons)
+            raise PeerError(403, "policy", words)
+        return answer
+
+    def _data_of(self, answer: PolicyAnswer) -> PolicyData:
+        """Return the data of the policy that decided: around an activation the one before may still answer."""
+        for data in (self.data, self.earlier_data):
+            if data.policy_sha256 == answer.policy_sha256:
+                return data
+        raise PolicyError("the policy that decided is no longer in force")
+
+    async def _record(self, trace: _Trace, request: InferRequest, response: InferResponse) -> bytes:
+        """Record an answer; returns the salt of its digests, which only the caller gets."""
+        salt = secrets.token_bytes(SALT_BYTES)
+        event = trace.event(
+            "infer",
+            "ok",
+            input_digest=salted_digest(salt, request.inputs),
+            output_digest=salted_digest(salt, response.outputs),
+        )
+        await self._kept(event)
+        trace.stage("audit")
+        self.counters.count(f"requests_total|model={trace.model}|outcome=ok")
+        self.counters.observe(trace.latency_us)
+        return salt
+
+    async def _kept(self, event: AuditEvent) -> None:
+        """Record, and in strict mode wait until the record is durable."""
+        try:
+            waiting = self.audit.append(event)
+            if waiting is not None:
+                await waiting
+        except AuditError as error:
+            raise PeerError(503, "audit", "the audit log can't take a record", retry_after_s=5.0) from error
+
+    async def _refuse(self, trace: _Trace, error: PeerError, cause: str = "") -> None:
+        """Record a refusal. A refusal that can't be recorded stays a refusal."""
+        denied = error.reason == "policy"
+        failure = trace.answer.error if trace.answer and trace.answer.error else ""
+        words = cause or failure or (str(error) if not denied else "")
+        self.counters.count(f"refusals_total|reason={error.reason}")
+        try:
+            waiting = self.audit.append(
+                trace.event("refusal", "denied" if denied else "refused", error=words, detail={"reason": error.reason})
+            )
+            if waiting is not None:
+                await waiting
+        except AuditError:
+            self.counters.count("unrecorded_refusals_total")
+
+
+def _egress(
+    profile: OutputProfile, loaded: LoadedModel, request: InferRequest, outputs: Mapping[str, Tensor]
+) -> InferResponse:
+    wanted = [output.name for output in request.outputs] or list(outputs)
+    for name in wanted:
+        if name not in outputs:
+            raise PeerError(400, "output", f"outputs[{name[:64]}]: the model has {', '.join(outputs)}")
+    shaped = profile.apply({name: outputs[name] for name in wanted}, loaded.labels)
+    return InferResponse(loaded.manifest.name, loaded.manifest.version, request.id, shaped)

@@ -1,0 +1,46 @@
+"""Where a model runs: in the event loop when it is quick, in a thread when it would hold up everyone else.
+
+A tiny model takes some 13 microseconds in the loop and ten times that through a thread; a large one would stop every other connection.
+The last run decides about the next: one slow run in the loop is the price of learning it.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from agent.inference.registry import LoadedModel
+from agent.inference.tensors import Tensor
+
+__all__ = ["Runner"]
+
+SLOW_RUN_NS = 2_000_000
+MEMORY = 4096  # package digests remembered as slow
+
+
+class Runner:
+    """Runs sessions.
+
+    Args:
+        threads: how many slow runs go on at a time.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="infer")
+        self._slow: dict[str, None] = {}
+
+    async def run(self, loaded: LoadedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run a model on inputs; raises what :meth:`agent.inference.session.Session.run` raises."""
+        if loaded.sha256 in self._slow:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, loaded.session.run, inputs)
+        began = time.perf_counter_ns()
+        outputs = loaded.session.run(inputs)
+        if time.perf_counter_ns() - began > SLOW_RUN_NS:
+            self._slow[loaded.sha256] = None
+            if len(self._slow) > MEMORY:
+                del self._slow[next(iter(self._slow))]
+        return outputs
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,107 @@
+"""Connections before they become requests: how many, from whom, and how long they may take.
+
+Rules:
+
+1. At most :attr:`ConnectionLimits.total` connections are open, and at most :attr:`ConnectionLimits.per_source` of one address; one more
+   is cut before a byte of it is read.
+2. A connection whose first request is not complete up to its headers within ``header_s`` is cut; an idle one after ``idle_s``.
+3. Bodies are never decompressed here: a body with a content coding is refused by the routes.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+__all__ = ["ConnectionLimits", "Front"]
+
+MAX_HEADER_LINE_BYTES = 8190
+MAX_HEADERS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """What one listener allows; times in seconds."""
+
+    total: int
+    per_source: int
+    header_s: float
+    idle_s: float
+
+
+class Front(web.Server):
+    """aiohttp's low-level server (no router, no middleware) with limits on connections."""
+
+    def __init__(
+        self,
+        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        limits: ConnectionLimits,
+        refused: Callable[[str, str], None],
+    ) -> None:
+        """Serve ``handler``; ``refused(reason, address)`` is told of each connection that was cut."""
+        options: dict[str, Any] = {
+            "access_log": None,
+            "auto_decompress": False,
+            "keepalive_timeout": limits.idle_s,
+            "lingering_time": 0.0,
+            "max_line_size": MAX_HEADER_LINE_BYTES,
+            "max_field_size": MAX_HEADER_LINE_BYTES,
+            "max_headers": MAX_HEADERS,
+            "tcp_keepalive": True,
+        }
+        super().__init__(handler, **options)
+        self._limits = limits
+        self._refused = refused
+        self._sources: Counter[str] = Counter()
+        self._source_of: dict[RequestHandler, str] = {}
+        self._watched: dict[RequestHandler, asyncio.TimerHandle] = {}
+
+    @property
+    def open_connections(self) -> int:
+        """Number of open connections."""
+        return len(self._source_of)
+
+    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
+        """Count a new connection, or cut it."""
+        source = _address(transport)
+        super().connection_made(handler, transport)
+        self._source_of[handler] = source
+        self._sources[source] += 1
+        if len(self._source_of) > self._limits.total:
+            self._cut(handler, "connections")
+        elif self._sources[source] > self._limits.per_source:
+            self._cut(handler, "connections_of_source")
+        else:
+            timer = asyncio.get_running_loop().call_later(self._limits.header_s, self._cut, handler, "header_timeout")
+            self._watched[handler] = timer
+
+    def request_began(self, handler: RequestHandler) -> None:
+        """Stop the header clock: the headers of a request are complete."""
+        timer = self._watched.pop(handler, None)
+        if timer:
+            timer.cancel()
+
+    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+        """Forget a connection."""
+        super().connection_lost(handler, exc)
+        self.request_began(handler)
+        source = self._source_of.pop(handler, None)
+        if source is not None:
+            self._sources[source] -= 1
+            if not self._sources[source]:
+                del self._sources[source]
+
+    def _cut(self, handler: RequestHandler, reason: str) -> None:
+        self._watched.pop(handler, None)
+        self._refused(reason, self._source_of.get(handler, ""))
+        if handler.transport is not None:
+            handler.transport.abort()
+
+
+def _address(transport: asyncio.Transport) -> str:
+    peer = transport.get_extra_info("peername")
+    return str(peer[0]) if isinstance(peer, tuple) else ""

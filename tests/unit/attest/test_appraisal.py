@@ -1,0 +1,393 @@
+"""Appraisal: what holds, what is forged, and which check says so."""
+
+from dataclasses import dataclass, replace
+
+import msgspec
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.attest import appraisal
+from agent.attest.appraisal import CHECKS, Verified, appraise
+from agent.attest.evidence import PcrValues, extra_data
+from agent.attest.measurement import (
+    Entry,
+    config_entry,
+    model_entry,
+    policy_entry,
+    refused_entry,
+    replay,
+    unload_entry,
+)
+from agent.attest.reference import BootRule, Measurement, PolicyReference, ReferenceValues
+from agent.attest.structures import ClockInfo
+from agent.errors import VerificationError
+from tests.support.attest import (
+    BOOT_PCRS,
+    CONFIG,
+    ENTRIES,
+    MODEL,
+    NONCE,
+    PCR,
+    POLICY,
+    Attester,
+    digest,
+    expectation,
+    state_of,
+    with_reference,
+)
+
+HONEST = Attester()
+EVIDENCE = HONEST.evidence()
+OTHER_KEY = ec.derive_private_key(8, ec.SECP256R1())
+CLOCK = HONEST.clock
+
+
+def _with(evidence=EVIDENCE, **changes):
+    return msgspec.structs.replace(evidence, **changes).encode()
+
+
+def _claims(**changes):
+    return _with(claims=msgspec.structs.replace(EVIDENCE.claims, **changes))
+
+
+def _verified(entries=ENTRIES[:2], **changes):
+    fields = {"clock": CLOCK.clock, "reset_count": CLOCK.reset_count, "restart_count": CLOCK.restart_count} | changes
+    return Verified(index=len(entries), pcr=replay(entries).hex(), state=state_of(*entries), **fields)
+
+
+def _flip(data, at=-1):
+    changed = bytearray(data)
+    changed[at] ^= 1
+    return bytes(changed)
+
+
+def _log(*entries):
+    """Sent entries that are not those that the TPM holds."""
+    return _with(entries=b"".join(entry.encode(PCR) for entry in entries))
+
+
+def _unsorted(evidence):
+    return PcrValues({**evidence.pcrs.sha256, 0: evidence.pcrs.sha256[1], 1: evidence.pcrs.sha256[0]})
+
+
+ASKED = expectation()
+FORGED = [
+    # check, how it was forged, the bytes, what the Verifier expects
+    ("encoding", "no JSON", b"{", ASKED),
+    ("encoding", "attest cut short", _with(attest=EVIDENCE.attest[:-1]), ASKED),
+    ("signature-scheme", "bytes after the signature", _with(signature=EVIDENCE.signature + b"\0"), ASKED),
+    ("attest-type", "made by software: another magic", Attester(magic=0xFF544346).evidence().encode(), ASKED),
+    ("attest-type", "a certified creation, not a quote", Attester(kind=0x801A).evidence().encode(), ASKED),
+    (
+        "ak-template",
+        "enrolled key without RESTRICTED",
+        EVIDENCE.encode(),
+        expectation(ak_public=_flip(HONEST.ak_public, 5)),
+    ),
+    ("signer", "another TPM's key", Attester(key=OTHER_KEY).evidence().encode(), ASKED),
+    ("signer", "a key in the owner hierarchy", Attester(hierarchy=0x40000001).evidence().encode(), ASKED),
+    ("signature-scheme", "RSASSA", Attester(scheme=(0x0014, 0x000B)).evidence().encode(), ASKED),
+    ("signature-scheme", "over SHA-1", Attester(scheme=(0x0018, 0x0004)).evidence().encode(), ASKED),
+    ("signature", "another key's signature", _with(signature=Attester(key=OTHER_KEY).sign(EVIDENCE.attest)), ASKED),
+    ("signature", "one bit of the clock", _with(attest=_flip(EVIDENCE.attest, 85)), ASKED),
+    ("extra-data", "an older nonce: replayed", EVIDENCE.encode(), expectation(nonce=bytes(32))),
+    ("extra-data", "another node's name", _claims(node="node-2"), ASKED),
+    ("extra-data", "another inference key", _claims(inference_spki_sha256="dd" * 32), ASKED),
+    ("extra-data", "posture made better", _claims(posture={"secure_boot": True, "debug": False}), ASKED),
+    ("extra-data", "a claim left out", _claims(audit=msgspec.UNSET), ASKED),
+    ("spki", "Evidence relayed from another node", EVIDENCE.encode(), expectation(control_spki_sha256="ee" * 32)),
+    (
+        "spki",
+        "another inference listener",
+        EVIDENCE.encode(),
+        expectation(inference_spki_sha256=frozenset({"ee" * 32})),
+    ),
+    ("spki", "no key claimed", HONEST.evidence(control_spki_sha256=msgspec.UNSET).encode(), ASKED),
+    ("pcr-selection", "the SHA-1 bank", Attester(bank=0x0004).evidence().encode(), ASKED),
+    (
+        "pcr-selection",
+        "without the measurement PCR",
+        Attester(selected=(*range(10), 11, 13)).evidence().encode(),
+        ASKED,
+    ),
+    ("pcr-selection", "PCR 16 instead", Attester(selected=(*range(10), 11, 16)).evidence().encode(), ASKED),
+    ("pcr-selection", "nothing quoted", Attester(selected=()).evidence().encode(), ASKED),
+    ("pcr-digest", "two values exchanged", _with(pcrs=_unsorted(EVIDENCE)), ASKED),
+    ("pcr-digest", "a value left out", _with(pcrs=PcrValues({0: "00" * 32})), ASKED),
+    ("clock", "the TPM was cleared", EVIDENCE.encode(), expectation(verified=_verified(reset_count=4))),
+    ("clock", "the clock went back", EVIDENCE.encode(), expectation(verified=_verified(clock=1001))),
+    ("clock", "restarts went back in one boot", EVIDENCE.encode(), expectation(verified=_verified(restart_count=1))),
+    ("log-replay", "the last entry left out", _log(*ENTRIES[:-1]), ASKED),
+    ("log-replay", "an entry more", _log(*ENTRIES, ENTRIES[-1]), ASKED),
+    ("log-replay", "two entries exchanged", _log(ENTRIES[0], ENTRIES[2], ENTRIES[1], ENTRIES[3]), ASKED),
+    ("log-replay", "another digest", _log(*ENTRIES[:3], model_entry("m", "1", "model.onnx", digest("x"))), ASKED),
+    ("log-replay", "no entries", _with(entries=b""), ASKED),
+    ("log-replay", "an entry of another PCR", _with(entries=ENTRIES[0].encode(10)), ASKED),
+    (
+        "log-replay",
+        "a start of its own choice",
+        EVIDENCE.encode(),
+        expectation(reference=with_reference(measurement=Measurement(PCR, "11" * 32))),
+    ),
+    ("log-replay", "the beginning kept back", HONEST.evidence(start=2).encode(), ASKED),
+    ("log-replay", "a part skipped", HONEST.evidence(start=3).encode(), expectation(verified=_verified())),
+    (
+        "log-replay",
+        "continued across a reset",
+        HONEST.evidence(start=2).encode(),
+        expectation(verified=_verified(reset_count=2)),
+    ),
+    (
+        "log-replay",
+        "continued from another beginning",
+        HONEST.evidence(start=2).encode(),
+        expectation(verified=_verified((ENTRIES[0], config_entry(POLICY)))),
+    ),
+    ("log-replay", "no boot_aggregate", HONEST.evidence(ENTRIES[1:]).encode(), ASKED),
+]  # fmt: skip -- a table
+
+
+@pytest.mark.parametrize(("check", "how", "evidence", "expect"), FORGED, ids=[f"{row[0]}: {row[1]}" for row in FORGED])
+def test_forged_evidence_is_none_and_names_its_check(check, how, evidence, expect):
+    """Forged Evidence gives status none, the check that it was forged against, and nothing to continue from."""
+    result = appraise(evidence, expect)
+    assert result.status == "none", how
+    assert result.failed is not None
+    assert result.failed.name == check
+    assert result.verified is None
+    assert not result.retry
+    outcomes = [found.outcome for found in result.checks]
+    assert set(outcomes[CHECKS.index(check) + 1 :]) == {"skipped"}
+    with pytest.raises(VerificationError) as raised:
+        result.require()
+    assert raised.value.check == check
+
+
+def test_every_check_before_the_state_is_attacked():
+    """The table has a row for each check of authenticity."""
+    assert {row[0] for row in FORGED} == set(CHECKS[: CHECKS.index("models")])
+
+
+def test_honest_evidence_of_an_approved_state_is_affirming():
+    """All checks are ok, in their order, and the result can be continued."""
+    result = appraise(EVIDENCE.encode(), ASKED)
+    assert result.status == "affirming"
+    assert [check.name for check in result.checks] == list(CHECKS)
+    assert {check.outcome for check in result.checks} == {"ok"}
+    assert result.claims == EVIDENCE.claims
+    assert result.require() == _verified(ENTRIES)
+
+
+def test_without_a_connection_the_peer_is_not_checked():
+    """Evidence from a file says so instead of claiming that its peer was checked."""
+    result = appraise(EVIDENCE.encode(), expectation(control_spki_sha256=None, inference_spki_sha256=None))
+    spki = result.checks[CHECKS.index("spki")]
+    assert (result.status, spki.outcome) == ("affirming", "skipped")
+
+
+@given(st.data())
+def test_mangled_evidence_never_raises_and_never_passes(data):
+    """A change of any byte on the wire gives an Appraisal, and only an equal document is affirmed."""
+    wire = bytearray(EVIDENCE.encode())
+    for at, value in data.draw(st.lists(st.tuples(st.integers(0, len(wire) - 1), st.integers(0, 255)), max_size=3)):
+        wire[at] = value
+    result = appraise(bytes(wire), ASKED)
+    if result.status != "none":
+        assert result.claims == EVIDENCE.claims
+        assert result.require().state == state_of(*ENTRIES)
+
+
+@pytest.mark.parametrize("clock", [replace(CLOCK, safe=False)])
+def test_an_unsafe_clock_is_a_retry(clock):
+    """After a loss of power the answer is neither trust nor distrust."""
+    result = appraise(Attester(clock=clock).evidence().encode(), ASKED)
+    assert (result.status, result.retry) == ("none", True)
+    assert result.failed is not None
+    assert (result.failed.name, result.failed.outcome) == ("clock", "retry")
+
+
+def test_a_cleared_tpm_is_not_a_retry():
+    """A resetCount that fell is named also while the clock is unsafe."""
+    forged = Attester(clock=ClockInfo(0, 0, 0, safe=False)).evidence().encode()
+    result = appraise(forged, expectation(verified=_verified()))
+    assert result.failed is not None
+    assert (result.failed.outcome, "enrol again" in result.failed.words) == ("failed", True)
+
+
+def test_a_poll_continues_from_the_last_verified_index():
+    """Entries from the last index on give the same result as the whole log."""
+    part = appraise(HONEST.evidence(start=2).encode(), expectation(verified=_verified()))
+    assert part.status == "affirming"
+    assert part.require() == appraise(EVIDENCE.encode(), ASKED).require()
+
+
+def test_a_poll_may_have_nothing_new():
+    """A log without new entries is verified by its PCR alone."""
+    result = appraise(HONEST.evidence(start=4).encode(), expectation(verified=_verified(ENTRIES)))
+    assert (result.status, result.require().index) == ("affirming", 4)
+
+
+def test_a_poll_may_begin_again():
+    """The whole log may be sent although a part is verified already."""
+    assert appraise(EVIDENCE.encode(), expectation(verified=_verified())).status == "affirming"
+
+
+def test_after_a_reboot_restart_count_may_fall():
+    """A greater resetCount starts a new log, and restartCount from zero."""
+    before = _verified(reset_count=2, restart_count=9)
+    assert appraise(EVIDENCE.encode(), expectation(verified=before)).status == "affirming"
+
+
+def test_a_log_over_the_limit_is_refused(monkeypatch):
+    """Continued polls can't grow a log without end."""
+    monkeypatch.setattr(appraisal, "MAX_LOG_ENTRIES", 3)
+    result = appraise(HONEST.evidence(start=2).encode(), expectation(verified=_verified()))
+    assert result.failed is not None
+    assert (result.failed.name, "more than" in result.failed.words) == ("log-replay", True)
+
+
+BAD = digest("bad")
+PINNED = with_reference(boot={0: BootRule("pinned", frozenset({"00" * 32})), 7: BootRule("ignored")})
+EXACT = with_reference(boot={0: BootRule("exact", frozenset({"00" * 32}))})
+APPROVED_BOOT = with_reference(boot={0: BootRule("exact", frozenset({BOOT_PCRS[0].hex()}))})
+WITHDRAWN = with_reference(models={}, withdrawn={"m/1/model.onnx": frozenset({MODEL.hex()})})
+ROLLOUT = with_reference(policy=PolicyReference(assigned=BAD.hex(), previous=POLICY.hex()))
+RETIRED = with_reference(policy=PolicyReference(assigned=BAD.hex(), retired=frozenset({POLICY.hex()})))
+
+
+@dataclass(frozen=True)
+class State:
+    """A true log, what is approved, and what must be said about it."""
+
+    words: str
+    entries: tuple[Entry, ...]
+    status: str
+    check: str = ""
+    reference: ReferenceValues = ASKED.reference
+    claims: tuple[tuple[str, str], ...] = ()
+
+
+STATES = [
+    State("an unapproved model is in force", (model_entry("m", "2", "f", BAD),), "contraindicated", "models"),
+    State(
+        "another digest at an approved path", (model_entry("m", "1", "model.onnx", BAD),), "contraindicated", "models"
+    ),
+    State(
+        "an unapproved model was unloaded",
+        (model_entry("m", "2", "f", BAD), unload_entry("m", "2")),
+        "contraindicated",
+        "models",
+    ),
+    State(
+        "an unapproved model was repaired",
+        (model_entry("m", "1", "model.onnx", BAD), model_entry("m", "1", "model.onnx", MODEL)),
+        "contraindicated",
+        "models",
+    ),
+    State("a withdrawn model is in force", (), "contraindicated", "models", WITHDRAWN),
+    State("a withdrawn model was unloaded", (unload_entry("m", "1"),), "affirming", "", WITHDRAWN),
+    State("a file was refused", (refused_entry("m", "2", "f", BAD),), "warning", "refused"),
+    State(
+        "many files were refused",
+        tuple(refused_entry("m", "2", f"f{at}", BAD) for at in range(9)),
+        "warning",
+        "refused",
+    ),
+    State(
+        "a refused file was repaired",
+        (refused_entry("m", "1", "model.onnx", BAD), model_entry("m", "1", "model.onnx", MODEL)),
+        "affirming",
+    ),
+    State("unapproved settings", (config_entry(BAD),), "contraindicated", "config"),
+    State("unapproved settings for a time", (config_entry(BAD), config_entry(CONFIG)), "contraindicated", "config"),
+    State(
+        "an unapproved policy",
+        (policy_entry("r2", BAD),),
+        "contraindicated",
+        "policy",
+        claims=(("policy_sha256", BAD.hex()),),
+    ),
+    State(
+        "an unapproved policy for a time",
+        (policy_entry("r2", BAD), policy_entry("r1", POLICY)),
+        "contraindicated",
+        "policy",
+    ),
+    State("the policy before a rollout", (), "affirming", "", ROLLOUT),
+    State(
+        "the policy of a rollout",
+        (policy_entry("r2", BAD),),
+        "affirming",
+        "",
+        ROLLOUT,
+        claims=(("policy_sha256", BAD.hex()),),
+    ),
+    State("a retired policy in force", (), "contraindicated", "policy", RETIRED),
+    State(
+        "a retired policy earlier",
+        (policy_entry("r2", BAD),),
+        "affirming",
+        "",
+        RETIRED,
+        claims=(("policy_sha256", BAD.hex()),),
+    ),
+    State("the claims name another policy", (), "contraindicated", "policy", claims=(("policy_sha256", BAD.hex()),)),
+    State("a pinned boot PCR changed", (), "warning", "boot-pcrs", PINNED),
+    State("an exact boot PCR is wrong", (), "contraindicated", "boot-pcrs", EXACT),
+    State("an exact boot PCR is right", (), "affirming", "", APPROVED_BOOT),
+]  # fmt: skip -- a table
+
+
+@pytest.mark.parametrize("case", STATES, ids=[case.words for case in STATES])
+def test_a_true_state_is_held_against_the_reference_values(case):
+    """True Evidence is affirming, a warning or contraindicated, by the first finding, and can always be continued."""
+    evidence = HONEST.evidence((*ENTRIES, *case.entries), **dict(case.claims))
+    result = appraise(evidence.encode(), expectation(reference=case.reference))
+    assert result.status == case.status
+    findings = [check.name for check in result.checks if check.outcome not in {"ok", "skipped"}]
+    assert findings == ([case.check] if case.check else [])
+    assert result.verified is not None
+
+
+def test_a_node_that_measured_nothing_is_not_in_order():
+    """A log of the boot alone has neither settings nor a policy in force."""
+    result = appraise(HONEST.evidence(ENTRIES[:1], policy_sha256=msgspec.UNSET).encode(), ASKED)
+    assert [check.name for check in result.checks if check.outcome == "failed"] == ["config", "policy"]
+
+
+def test_a_boot_pcr_that_moved_since_the_log_began_is_a_warning():
+    """boot_aggregate is held against the quoted PCRs."""
+    result = appraise(HONEST.evidence(pcrs={3: BAD}).encode(), ASKED)
+    assert result.status == "warning"
+    assert [check.name for check in result.checks if check.outcome == "warning"] == ["boot-aggregate"]
+
+
+def test_a_log_in_a_boot_pcr_does_not_disturb_its_own_boot_aggregate():
+    """Where PCR 8 or 9 holds the log, boot_aggregate is over its start value."""
+    start = BOOT_PCRS[9]
+    attester = Attester(selected=(*range(10), 11))
+    sent = b"".join(entry.encode(9) for entry in ENTRIES)
+    evidence = attester.evidence()
+    values = BOOT_PCRS | {9: replay(ENTRIES, start)}
+    attest, signature = attester.quote(extra_data(NONCE, evidence.claims), values)
+    forged = _with(
+        evidence,
+        attest=attest,
+        signature=signature,
+        entries=sent,
+        pcrs=PcrValues({index: value.hex() for index, value in values.items()}),
+    )
+    reference = with_reference(measurement=Measurement(9, start.hex()))
+    assert appraise(forged, expectation(reference=reference)).status == "affirming"
+
+
+def test_the_first_finding_is_named():
+    """Of several findings each is shown, and the first is the failed one."""
+    bad = (model_entry("m", "2", "f", BAD), config_entry(BAD))
+    result = appraise(HONEST.evidence((*ENTRIES, *bad)).encode(), ASKED)
+    assert [check.name for check in result.checks if check.outcome == "failed"] == ["models", "config"]
+    with pytest.raises(VerificationError) as raised:
+        result.require()
+    assert raised.value.check == "models"
