@@ -38,6 +38,7 @@ __all__ = [
     "TpmSettings",
     "json_schema",
     "load",
+    "quiet_libraries",
     "read_environment",
     "split_listen",
 ]
@@ -224,6 +225,11 @@ def read_environment() -> Environment:
         path=env.get("PATH", "/usr/bin:/bin"),
         python_path=env.get("PYTHONPATH"),
     )
+
+
+def quiet_libraries() -> None:
+    """Keep libraries from writing to standard error by themselves; before they are imported."""
+    os.environ.setdefault("TSS2_LOG", "all+none")  # noqa: TID251 -- as above
 
 
 def json_schema() -> dict[str, Any]:
