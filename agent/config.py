@@ -23,6 +23,7 @@ from agent.errors import ConfigError
 from agent.records import canonical
 
 __all__ = [
+    "DEFAULT_CONFIG",
     "MAX_CONFIG_BYTES",
     "AuditSettings",
     "ControlSettings",
@@ -43,6 +44,7 @@ __all__ = [
     "split_listen",
 ]
 
+DEFAULT_CONFIG = Path("/etc/edgewarden/edgewarden.yaml")
 MAX_CONFIG_BYTES = 256 * 1024
 _SECURITY = {"security": True}
 
