@@ -43,7 +43,9 @@ __all__ = [
 
 PATIENCE_S = 30.0
 _PR_SET_CHILD_SUBREAPER = 36
-TINY_REQUEST = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 64], "data": [0.5] * 64}]}).encode()
+TINY_REQUEST = json.dumps(
+    {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 64], "data": [0.5] * 64}]}
+).encode()
 # On a busy machine a decision may take its time: these tests are about what is answered, not how fast.
 ROOMY: Mapping[str, Mapping[str, Any]] = {
     "policy": {"evaluation_deadline_ms": 5_000, "total_deadline_ms": 20_000},
@@ -174,7 +176,7 @@ class ChaosNode(DemoNode):
         """Return how many descriptors the agent and its gateway hold."""
         assert self.process is not None
         (gateway,) = self.children("ew-gateway")
-        return {"agent": len(os.listdir(f"/proc/{self.process.pid}/fd")), "gateway": _count_fds(gateway.pid)}
+        return {"agent": _count_fds(self.process.pid), "gateway": _count_fds(gateway.pid)}
 
     def health(self) -> dict[str, Any]:
         """Return every fact with its reason."""
@@ -220,7 +222,7 @@ class ChaosNode(DemoNode):
 
 
 def _count_fds(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
 
 
 def prepare_template(directory: Path) -> Path:
