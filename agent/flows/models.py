@@ -10,10 +10,11 @@ The steps, in this order, for each package at boot and whenever its files change
 6. record: the audit log holds it.
 7. hand over: the gateway makes its session from the same sealed memory.
 
-A new policy is asked again about every package in force. A package that fails at any step is not loaded; where files differ from what
-was in force, or a new package is refused as a whole, each refused file is measured as refused. A package that was in force and no longer
-verifies is taken from the gateway first and measured as unloaded; so is one that only the log of an earlier agent still calls in force. A
-package whose steps the node itself could not complete (a TPM that hangs, a full disk) stays unsettled and is looked at again.
+A new policy is asked again about every package in force. A package that fails at any step is not loaded. A file whose digest is not the signed
+one is measured as refused; what no trusted signer has signed has no right digest to differ from, and is in the audit log alone. A package that
+was in force and no longer verifies is taken from the gateway first and measured as unloaded; so is one that only the log of an earlier agent
+still calls in force. A package whose steps the node itself could not complete (a TPM that hangs, a full disk) stays unsettled and is looked at
+again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from agent.flows.dataplane import Dataplane, ServedModel
 from agent.inference.inspection import inspect
 from agent.inference.manifest import MANIFEST_FILE, ModelManifest
 from agent.inference.package import MODEL_FILE, Package, PackageLimits, read_package
-from agent.inference.signing import Signer, TrustStore, verify_package
+from agent.inference.signing import FileDigestError, Signer, TrustStore, verify_package
 from agent.isolation.supervisor import Zygote
 from agent.records import AuditEvent, JsonValue, PolicyAnswer
 
@@ -63,13 +64,6 @@ class _InForce:
     digest: str
     signer: str
     policy_sha256: str
-    files: Mapping[str, str]  # digests of all files of the package
-
-
-@dataclass(frozen=True, slots=True)
-class _Refused:
-    reason: str
-    files: Mapping[str, str]
 
 
 class ModelKeeper:
@@ -103,7 +97,7 @@ class ModelKeeper:
         self._dataplane = dataplane
         self._hooks = hooks
         self._in_force: dict[tuple[str, str], _InForce] = {}
-        self._refused: dict[tuple[str, str], _Refused] = {}
+        self._refused: dict[tuple[str, str], str] = {}  # why
         self._packages: dict[tuple[str, str], Package] = {}
         self._unsettled: set[tuple[str, str]] = set()
         self._turn = asyncio.Lock()
@@ -121,8 +115,8 @@ class ModelKeeper:
             for (name, version), model in sorted(self._in_force.items())
         ]
         refused: list[JsonValue] = [
-            {"name": name, "version": version, "state": "refused", "reason": refusal.reason}
-            for (name, version), refusal in sorted(self._refused.items())
+            {"name": name, "version": version, "state": "refused", "reason": reason}
+            for (name, version), reason in sorted(self._refused.items())
         ]
         unsettled: list[JsonValue] = [
             {"name": name, "version": version, "state": "unsettled", "reason": "the node could not look at it yet"}
@@ -158,10 +152,10 @@ class ModelKeeper:
         Raises:
             TpmError, HostError, AuditError: it fails again.
         """
-        for name, version in sorted(self._in_force.keys() - self._dataplane.models.keys()):
-            async with self._turn:
+        async with self._turn:
+            for name, version in sorted(self._in_force.keys() - self._dataplane.models.keys()):
+                self._unsettled.add((name, version))
                 await self._unload(name, version, "the gateway has no session of it")
-            self._unsettled.add((name, version))
         await self._all_changed(set(self._unsettled))
 
     async def changed(self, name: str, version: str) -> None:
@@ -189,8 +183,11 @@ class ModelKeeper:
         kept = False
         try:
             kept = await self._bring(name, version, package)
+        except FileDigestError as error:
+            digests = package.digests()
+            await self._refuse(name, version, {path: digests[path] for path in error.paths}, str(error))
         except VerificationError as error:
-            await self._refuse(name, version, package.digests(), str(error))
+            await self._refuse(name, version, {}, str(error))
         finally:
             if not kept:
                 package.close()
@@ -234,7 +231,7 @@ class ModelKeeper:
         # 6. record
         await self._record("model.load", "ok", name, version, package.sha256, answer=answer)
         # 7. hand over
-        self._in_force[key] = _InForce(package.sha256, signer.sha256_of_spki, answer.policy_sha256, package.digests())
+        self._in_force[key] = _InForce(package.sha256, signer.sha256_of_spki, answer.policy_sha256)
         self._refused.pop(key, None)
         served = ServedModel(
             name, version, package.sha256, signer.sha256_of_spki, {path: package.file(path) for path in handed}
@@ -259,17 +256,10 @@ class ModelKeeper:
             )
         return signer, manifest
 
-    async def _refuse(self, name: str, version: str, digests: Mapping[str, str], reason: str) -> None:
-        key = (name, version)
-        before = self._refused.get(key)
-        force = self._in_force.get(key)
-        known = force.files if force is not None else await self._claimed(name, version)
-        if known:
-            wrong = {path: digest for path, digest in digests.items() if known.get(path, digest) != digest}
-        else:
-            wrong = {} if before is not None and before.files == digests else dict(digests)
+    async def _refuse(self, name: str, version: str, wrong: Mapping[str, str], reason: str) -> None:
+        """Keep a package out; ``wrong`` are the digests of files that are not the signed ones."""
         await self._out_of_force(name, version, reason)
-        self._refused[key] = _Refused(reason, dict(digests))
+        self._refused[name, version] = reason
         for path, digest in sorted(wrong.items()):
             if self._log_state_refused(name, version, path) != digest:
                 await self._log.append(refused_entry(name, version, path, bytes.fromhex(digest)))
@@ -282,7 +272,7 @@ class ModelKeeper:
 
     async def _denied(self, name: str, version: str, package: Package, answer: PolicyAnswer) -> None:
         reasons = ", ".join(answer.decision.reasons) or answer.error or "no reason given"
-        self._refused[name, version] = _Refused(f"denied by policy: {reasons}", package.digests())
+        self._refused[name, version] = f"denied by policy: {reasons}"
         await self._out_of_force(name, version, f"denied by policy: {reasons}")
         _log.warning("model_denied", model=name, version=version, reasons=reasons)
         await self._record("model.load", "denied", name, version, package.sha256, answer=answer)
@@ -311,15 +301,10 @@ class ModelKeeper:
 
     async def _measure_unload(self, name: str, version: str) -> None:
         """Measure that a package is out of force, where the log says that it is in force."""
-        if await self._claimed(name, version):
-            await self._log.append(unload_entry(name, version))
-
-    async def _claimed(self, name: str, version: str) -> dict[str, str]:
-        """Return the files of a package that the log says are in force."""
-        prefix = f"{name}/{version}/"
         async with self._log.locked() as now:
-            models = now.state.models
-        return {path.removeprefix(prefix): digest for path, digest in models.items() if path.startswith(prefix)}
+            claimed = any(path.startswith(f"{name}/{version}/") for path in now.state.models)
+        if claimed:
+            await self._log.append(unload_entry(name, version))
 
     async def _record(
         self,

@@ -67,7 +67,7 @@ class Setup:
     private_files: tuple[Path, ...] = ()
     needed_bytes: int = 2 * 1024**3
     tcti: str | None = None
-    measurement_pcr: int = 12
+    measurement_pcr: int = 14
     engine: Literal["embedded", "opa"] = "embedded"
     opa: str = "opa"
     sandbox: Sandbox | None = None

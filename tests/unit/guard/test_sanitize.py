@@ -136,6 +136,14 @@ def test_a_tensor_that_is_no_batch_of_pictures_is_refused(shape):
     assert (refusal.value.status, refusal.value.reason) == (400, "image")
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.int8, np.bool_, object])
+def test_a_picture_holds_floats_or_bytes(dtype):
+    """Other numbers, and texts, are no pixels."""
+    with pytest.raises(PeerError) as refusal:
+        _SCALES[0].to_pixels(np.zeros((1, 3, 4, 4), dtype), "inputs[0]")
+    assert (refusal.value.status, refusal.value.reason) == (400, "image")
+
+
 @given(
     hnp.arrays(
         st.sampled_from([np.float16, np.float32, np.float64, np.int64, np.uint8, np.bool_, object]),
