@@ -205,6 +205,7 @@ class Gateway:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._routes.idle.wait(), timeout_s)
         await self._front.shutdown(timeout=1.0)
+        await self._flow.note_refusals()
         self._report(messages.Drained())
         await asyncio.sleep(0)
         self._drained.set()
@@ -215,6 +216,7 @@ class Gateway:
             if sent != self._counters.values:
                 sent = dict(self._counters.values)
                 self._report(messages.Statistics(sent, self._front.open_connections, self._routes.in_work))
+            await self._flow.note_refusals()
             await asyncio.sleep(REPORT_INTERVAL_S)
 
     def _report(self, message: messages.GatewayMessage) -> None:
@@ -224,6 +226,7 @@ class Gateway:
 
     def _refused(self, reason: str, _: str) -> None:
         self._counters.count(f"refusals_total|reason={reason}")
+        self._flow.refusals.count(reason)
 
     def _agent_gone(self) -> None:
         self._audit.close()
