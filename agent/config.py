@@ -23,6 +23,7 @@ from agent.errors import ConfigError
 from agent.records import canonical
 
 __all__ = [
+    "DEFAULT_CONFIG",
     "MAX_CONFIG_BYTES",
     "AuditSettings",
     "ControlSettings",
@@ -38,10 +39,12 @@ __all__ = [
     "TpmSettings",
     "json_schema",
     "load",
+    "quiet_libraries",
     "read_environment",
     "split_listen",
 ]
 
+DEFAULT_CONFIG = Path("/etc/edgewarden/edgewarden.yaml")
 MAX_CONFIG_BYTES = 256 * 1024
 _SECURITY = {"security": True}
 
@@ -224,6 +227,11 @@ def read_environment() -> Environment:
         path=env.get("PATH", "/usr/bin:/bin"),
         python_path=env.get("PYTHONPATH"),
     )
+
+
+def quiet_libraries() -> None:
+    """Keep libraries from writing to standard error by themselves; before they are imported."""
+    os.environ.setdefault("TSS2_LOG", "all+none")  # noqa: TID251 -- as above
 
 
 def json_schema() -> dict[str, Any]:

@@ -122,7 +122,11 @@ class _Agent:
         async with contextlib.AsyncExitStack() as stack:
             node = await self._build(stack)
             async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(self._zygote.run()), tasks.create_task(node.pool.run())]
+                running = [
+                    tasks.create_task(self._zygote.run()),
+                    tasks.create_task(node.pool.run()),
+                    tasks.create_task(node.audit.run()),
+                ]
                 try:
                     await self._bring_up(node, stack, tasks, running)
                     await self._stop.wait()

@@ -10,8 +10,9 @@ The steps, in this order, for each package at boot and whenever its files change
 6. record: the audit log holds it.
 7. hand over: the gateway makes its session from the same sealed memory.
 
-A new policy is asked again about every package in force. A package that fails at any step is not loaded; where files differ from what was in force, or a new package is refused as a whole, each refused
-file is measured as refused. A package that was in force and no longer verifies is taken from the gateway first and measured as unloaded.
+A new policy is asked again about every package in force. A package that fails at any step is not loaded. A file whose digest is not the signed
+one is measured as refused; what no trusted signer has signed has no right digest to differ from, and is in the audit log alone. A package that
+was in force and no longer verifies is taken from the gateway first and measured as unloaded.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from agent.flows.dataplane import Dataplane, ServedModel
 from agent.inference.inspection import inspect
 from agent.inference.manifest import MANIFEST_FILE, ModelManifest
 from agent.inference.package import MODEL_FILE, Package, PackageLimits, read_package
-from agent.inference.signing import Signer, TrustStore, verify_package
+from agent.inference.signing import FileDigestError, Signer, TrustStore, verify_package
 from agent.isolation.supervisor import Zygote
 from agent.records import AuditEvent, JsonValue, PolicyAnswer
 
@@ -61,13 +62,6 @@ class _InForce:
     digest: str
     signer: str
     policy_sha256: str
-    files: Mapping[str, str]  # digests of all files of the package
-
-
-@dataclass(frozen=True, slots=True)
-class _Refused:
-    reason: str
-    files: Mapping[str, str]
 
 
 class ModelKeeper:
@@ -101,7 +95,7 @@ class ModelKeeper:
         self._dataplane = dataplane
         self._hooks = hooks
         self._in_force: dict[tuple[str, str], _InForce] = {}
-        self._refused: dict[tuple[str, str], _Refused] = {}
+        self._refused: dict[tuple[str, str], str] = {}  # why
         self._packages: dict[tuple[str, str], Package] = {}
         self._turn = asyncio.Lock()
 
@@ -112,8 +106,8 @@ class ModelKeeper:
             for (name, version), model in sorted(self._in_force.items())
         ]
         refused: list[JsonValue] = [
-            {"name": name, "version": version, "state": "refused", "reason": refusal.reason}
-            for (name, version), refusal in sorted(self._refused.items())
+            {"name": name, "version": version, "state": "refused", "reason": reason}
+            for (name, version), reason in sorted(self._refused.items())
         ]
         return loaded + refused
 
@@ -142,8 +136,11 @@ class ModelKeeper:
             kept = False
             try:
                 kept = await self._bring(name, version, package)
+            except FileDigestError as error:
+                digests = package.digests()
+                await self._refuse(name, version, {path: digests[path] for path in error.paths}, str(error))
             except VerificationError as error:
-                await self._refuse(name, version, package.digests(), str(error))
+                await self._refuse(name, version, {}, str(error))
             finally:
                 if not kept:
                     package.close()
@@ -193,7 +190,7 @@ class ModelKeeper:
         # 6. record
         await self._record("model.load", "ok", name, version, package.sha256, answer=answer)
         # 7. hand over
-        self._in_force[key] = _InForce(package.sha256, signer.sha256_of_spki, answer.policy_sha256, package.digests())
+        self._in_force[key] = _InForce(package.sha256, signer.sha256_of_spki, answer.policy_sha256)
         self._refused.pop(key, None)
         served = ServedModel(
             name, version, package.sha256, signer.sha256_of_spki, {path: package.file(path) for path in handed}
@@ -218,17 +215,11 @@ class ModelKeeper:
             )
         return signer, manifest
 
-    async def _refuse(self, name: str, version: str, digests: Mapping[str, str], reason: str) -> None:
-        key = (name, version)
-        force = self._in_force.get(key)
-        if force is not None:
+    async def _refuse(self, name: str, version: str, wrong: Mapping[str, str], reason: str) -> None:
+        """Keep a package out; ``wrong`` are the digests of files that are not the signed ones."""
+        if (name, version) in self._in_force:
             await self._unload(name, version, reason)
-            known = force.files
-            wrong = {path: digest for path, digest in digests.items() if known.get(path, digest) != digest}
-        else:
-            before = self._refused.get(key)
-            wrong = {} if before is not None and before.files == digests else dict(digests)
-        self._refused[key] = _Refused(reason, dict(digests))
+        self._refused[name, version] = reason
         for path, digest in sorted(wrong.items()):
             if self._log_state_refused(name, version, path) != digest:
                 await self._log.append(refused_entry(name, version, path, bytes.fromhex(digest)))
@@ -241,7 +232,7 @@ class ModelKeeper:
 
     async def _denied(self, name: str, version: str, package: Package, answer: PolicyAnswer) -> None:
         reasons = ", ".join(answer.decision.reasons) or answer.error or "no reason given"
-        self._refused[name, version] = _Refused(f"denied by policy: {reasons}", package.digests())
+        self._refused[name, version] = f"denied by policy: {reasons}"
         if (name, version) in self._in_force:
             await self._unload(name, version, f"denied by policy: {reasons}")
         else:

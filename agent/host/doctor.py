@@ -67,7 +67,7 @@ class Setup:
     private_files: tuple[Path, ...] = ()
     needed_bytes: int = 2 * 1024**3
     tcti: str | None = None
-    measurement_pcr: int = 12
+    measurement_pcr: int = 14
     engine: Literal["embedded", "opa"] = "embedded"
     opa: str = "opa"
     sandbox: Sandbox | None = None
@@ -252,8 +252,9 @@ def check_private(path: Path) -> Iterator[Finding]:
     # Below a private directory only what is handed out of it matters; others can't reach it.
     loose = [found for found, mode in modes.items() if mode & 0o077]
     if modes.get(path, 0) & 0o077 and loose:
-        for found in loose:
-            yield Finding(check, "fail", f"{found} is open to others (mode {modes[found]:04o})", f"chmod go= {found}")
+        others = f", and {len(loose) - 1} below it" if len(loose) > 1 else ""
+        fix = f"chmod {'-R ' if others else ''}go= {path}"
+        yield Finding(check, "fail", f"{path} is open to others (mode {modes[path]:04o}){others}", fix)
     else:
         yield Finding(check, "ok", f"{path} is private")
 

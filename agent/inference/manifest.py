@@ -25,11 +25,13 @@ from agent.records import TensorSpec
 __all__ = [
     "MANIFEST_FILE",
     "MAX_DEPTH",
+    "MAX_LABELS_BYTES",
     "MAX_MANIFEST_BYTES",
     "ImageModality",
     "ModelManifest",
     "Range",
     "TensorModality",
+    "parse_labels",
     "parse_manifest",
     "version_key",
 ]
@@ -37,6 +39,7 @@ __all__ = [
 MANIFEST_FILE = "model.yaml"
 MAX_MANIFEST_BYTES = 64 * 1024
 MAX_DEPTH = 16  # nested YAML collections
+MAX_LABELS_BYTES = 1 << 20
 
 _VALIDATOR = jsonschema.Draft202012Validator(
     json.loads(files("agent.inference").joinpath("model.schema.json").read_bytes())
@@ -177,6 +180,20 @@ def parse_manifest(data: bytes) -> ModelManifest:
         case TensorModality():
             _check_ranges(manifest, manifest.modality)
             return manifest
+
+
+def parse_labels(data: bytes) -> tuple[str, ...]:
+    """Return a label file's lines.
+
+    Raises:
+        VerificationError: ``labels``: too large, or not UTF-8.
+    """
+    if len(data) > MAX_LABELS_BYTES:
+        raise VerificationError("labels", f"{len(data)} bytes, more than {MAX_LABELS_BYTES}")
+    try:
+        return tuple(data.decode().splitlines())
+    except UnicodeDecodeError as error:
+        raise VerificationError("labels", f"not UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def _wrong(message: str) -> VerificationError:

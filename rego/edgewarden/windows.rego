@@ -37,7 +37,7 @@ ended(window) if instant >= time.parse_rfc3339_ns(window.not_after)
 
 well_formed if {
 	is_string(input.request.time)
-	regex.match(`^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d{1,9})?Z$`, input.request.time)
+	regex.match(`^20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?Z$`, input.request.time)
 }
 
 instant := time.parse_rfc3339_ns(input.request.time) if well_formed

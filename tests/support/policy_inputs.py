@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import copy
-import random
+import random  # noqa: TID251 - seeded test data, no secrets
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -48,7 +48,21 @@ _TIMES: Final = (
 )
 _HOSTILE: Final[tuple[Any, ...]] = (
     *(None, True, False, 0, -1, 1, 2**53 - 1, -(2**53) + 1, 0.5, 1e308, -1e-308),
-    *("", " ", "infer", "*", "admin.*", "operator", "\x00", "\n", "a" * 5000, "\u202etxt", "\U0001f512", "ı", "%s%n"),
+    *(
+        "",
+        " ",
+        "infer",
+        "*",
+        "admin.*",
+        "operator",
+        "\x00",
+        "\n",
+        "a" * 5000,
+        "\u202etxt",
+        "\U0001f512",
+        "\u0131",
+        "%s%n",
+    ),
     *("../../etc/passwd", "' or 1=1 --", "data.roles", "${jndi:ldap://x}", "__proto__"),
     *([], {}, [[]], [None], ["operator"], {"operator": "operator"}, {"": ""}, ["admin", {"admin": ["admin"]}]),
 )
