@@ -17,6 +17,7 @@ from agent.guard.admission import Limit, compile_limits
 from agent.guard.egress import OutputProfile, compile_outputs
 from agent.guard.sanitize import Profile, compile_profiles
 from agent.inference.manifest import ModelManifest
+from agent.records import Principal
 
 __all__ = ["AREAS", "PolicyData"]
 
@@ -33,7 +34,7 @@ class PolicyData:
     policy_sha256: str = ""
     limits: Mapping[str, Limit] = field(default_factory=dict)
     default_limit: str = ""
-    subject_limits: Mapping[str, str] = field(default_factory=dict)
+    subject_limits: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by kind of proof, by id
     sanitizers: Mapping[str, Profile] = field(default_factory=dict)
     outputs: Mapping[str, OutputProfile] = field(default_factory=dict)
     explain_denials: bool = False
@@ -48,22 +49,23 @@ class PolicyData:
         try:
             data: dict[str, Any] = msgspec.json.decode(document, type=dict[str, dict[str, Any]])
             limits = compile_limits(data["limits"]["limits"])
-            default, subjects = data["limits"]["default"], data["limits"].get("subjects", {})
+            default = data["limits"]["default"]
+            subjects = msgspec.convert(data["limits"].get("subjects", {}), dict[str, dict[str, str]])
             sanitizers = compile_profiles(data["sanitizers"]["profiles"])
             outputs = compile_outputs(data["outputs"]["profiles"])
             explain = data.get("node", {}).get("explain_denials", False)
         except (msgspec.DecodeError, KeyError, AttributeError) as error:
             raise PolicyError(f"policy data: {error} is missing or malformed") from error
-        for name in (default, *subjects.values()):
+        for name in (default, *(name for kind in subjects.values() for name in kind.values())):
             if name not in limits:
                 raise PolicyError(f"policy data: limits: there is no limit {name!r}")
         if not isinstance(explain, bool):
             raise PolicyError("policy data: node.explain_denials must be a boolean")
         return cls(policy_sha256, limits, default, subjects, sanitizers, outputs, explain)
 
-    def limit_for(self, principal_id: str) -> str:
+    def limit_for(self, principal: Principal) -> str:
         """Return the name of the limit that a principal is admitted by, before any decision."""
-        return self.subject_limits.get(principal_id, self.default_limit)
+        return self.subject_limits.get(principal.kind, {}).get(principal.id, self.default_limit)
 
     def sanitizer(self, decided: str | None, manifest: ModelManifest) -> Profile:
         """Return the profile: the decision's, else the manifest's, else the default for its modality.

@@ -197,7 +197,7 @@ class RequestFlow:
         trace.principal = self._identify(caller)
         trace.stage("identity")
         # 2. admit
-        name = self.data.limit_for(trace.principal.id)
+        name = self.data.limit_for(trace.principal)
         limit = self.admission.limit(name)
         most = min(limit.max_bytes, self.max_body_bytes)
         check_size(wire.announced_bytes, most)
@@ -250,7 +250,7 @@ class RequestFlow:
             trace.principal = self._identify(caller)
             now = clock.monotonic_us()
             rate = self.admission.observe(trace.principal.id, now)
-            with await self.admission.enter(trace.principal.id, self.data.limit_for(trace.principal.id), now):
+            with await self.admission.enter(trace.principal.id, self.data.limit_for(trace.principal), now):
                 loaded = self._find(trace, model, version) if model else None
                 if loaded:
                     await self._authorize(trace, loaded, {"rate": rate})
