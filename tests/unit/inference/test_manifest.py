@@ -121,7 +121,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("\x00", "special characters"),
         ("a: b: c", "mapping values"),
         ("x" * (MAX_MANIFEST_BYTES + 1), "more than"),
-        ("? [a]\n: b", "unhashable"),
+        ("? [a]\n: b", "not a scalar"),
         ("a: *nobody", "aliases"),
     ],
 )
