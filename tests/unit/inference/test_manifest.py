@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from agent.errors import VerificationError
 from agent.inference.manifest import (
-    MAX_DEPTH,
     MAX_MANIFEST_BYTES,
     ImageModality,
     ModelManifest,
     parse_manifest,
     version_key,
 )
+from agent.strict_yaml import MAX_DEPTH
 
 TENSOR: dict[str, Any] = {
     "name": "m",
