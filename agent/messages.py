@@ -136,11 +136,10 @@ class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
 
 
 class ModelReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="model"):
-    """Whether a package became a session (``error`` is empty) or was unloaded."""
+    """Whether a package became a session (``error`` is empty); one for each :class:`LoadModel` that was ``last``, in their order for a model."""
 
     name: str
     version: str
-    loaded: bool
     error: str = ""
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -78,7 +79,9 @@ class Dataplane:
         self._spec = spec
         self._hooks = hooks
         self._models: dict[tuple[str, str], ServedModel] = {}
-        self._reports: dict[tuple[str, str], asyncio.Future[messages.ModelReport]] = {}
+        self._reports: dict[
+            tuple[str, str], deque[asyncio.Future[messages.ModelReport]]
+        ] = {}  # in the order of the loads
         self._facts = messages.NodeFacts(trust="unknown")
         self._policy_data: SealedFile | None = None
         self._policy_sha256 = ""
@@ -157,8 +160,8 @@ class Dataplane:
         if self._draining:
             await asyncio.Event().wait()
         child = await self._zygote.spawn(self._spec)
-        channel = AsyncChannel(child.sock, self._frame, child.kill)
-        self._child, self._channel = child, channel
+        self._drained.clear()
+        self._child, self._channel = child, AsyncChannel(child.sock, self._frame, self._closed)
         if self._policy_data:
             self._tell(messages.PolicyData(self._policy_sha256), self._policy_data.fd)
         self._tell(self._facts)
@@ -176,9 +179,8 @@ class Dataplane:
         return child
 
     async def _hand_over(self, model: ServedModel) -> messages.ModelReport:
-        key = (model.name, model.version)
         report = asyncio.get_running_loop().create_future()
-        self._reports[key] = report
+        self._reports.setdefault((model.name, model.version), deque()).append(report)
         names = list(model.files)
         for at in range(0, len(names), MAX_FILES_A_MESSAGE):
             part = names[at : at + MAX_FILES_A_MESSAGE]
@@ -188,9 +190,7 @@ class Dataplane:
         try:
             return await asyncio.wait_for(report, LOAD_TIMEOUT_S)
         except TimeoutError:
-            return messages.ModelReport(model.name, model.version, loaded=False, error="no session in time")
-        finally:
-            self._reports.pop(key, None)
+            return messages.ModelReport(model.name, model.version, "no session in time")
 
     def _endpoint(self, endpoint: Endpoint) -> None:
         self._tell(
@@ -252,9 +252,7 @@ class Dataplane:
                 self._ready.set()
                 self._hooks.serving(holds=True, why="the gateway accepts connections")
             case messages.ModelReport():
-                waiting = self._reports.get((message.name, message.version))
-                if waiting and not waiting.done():
-                    waiting.set_result(message)
+                self._reported(message)
             case messages.Overrun():
                 if self._workers:
                     self._workers.overrun(message.worker)
@@ -264,6 +262,24 @@ class Dataplane:
                 _log.error("gateway_failed", error=message.error)
             case messages.Drained():
                 self._drained.set()
+
+    def _reported(self, message: messages.ModelReport) -> None:
+        waiting = self._reports.get((message.name, message.version))
+        if not waiting:
+            raise IsolationError(f"a report on {message.name[:64]!r}, which nobody awaits")
+        report = waiting.popleft()
+        if not report.done():
+            report.set_result(message)
+
+    def _closed(self) -> None:
+        """End a gateway whose channel has closed; whoever waits for one of its sessions waits in vain."""
+        if self._child:
+            self._child.kill()
+        for waiting in self._reports.values():
+            for report in waiting:
+                if not report.done():
+                    report.set_exception(IsolationError("the gateway ended"))
+        self._reports.clear()
 
     def _died(self, status: ExitStatus) -> None:
         self._end()
@@ -275,12 +291,7 @@ class Dataplane:
         if self._workers:
             self._workers.close()
             self._workers = None
-        for report in self._reports.values():
-            if not report.done():
-                report.set_exception(IsolationError("the gateway ended"))
         if self._channel and not self._channel.closed:
             self._channel.close()
-        if self._child:
-            self._child.kill()
         self._channel = self._child = None
         self._hooks.statistics(None)

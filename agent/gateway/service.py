@@ -68,6 +68,8 @@ class Gateway:
         self._context = context
         self._registry = Registry()
         self._parts: dict[tuple[str, str], dict[str, int]] = {}
+        self._wanted: dict[tuple[str, str], messages.LoadModel] = {}
+        self._loading = asyncio.Lock()
         self._loads: set[asyncio.Task[None]] = set()
         self._drained = asyncio.Event()
         self._server: asyncio.Server | None = None
@@ -121,6 +123,12 @@ class Gateway:
         if hot is not None:
             self._audit.acknowledged(hot[0], hot[1].decode(errors="replace"))
             return
+        try:
+            self._obey(frame)
+        except (IsolationError, ValueError) as error:  # ValueError: another number of descriptors than the message says
+            self._fail(error)
+
+    def _obey(self, frame: Frame) -> None:
         match messages.decode_agent_message(frame.data):
             case messages.WorkerEndpoint() as worker:
                 sock_fd, shm_fd = frame.fds
@@ -132,8 +140,8 @@ class Gateway:
             case messages.LoadModel() as load:
                 self._take_model_part(load, frame.fds)
             case messages.UnloadModel(name=name, version=version):
+                self._wanted.pop((name, version), None)
                 self._registry.remove(name, version)
-                self._report(messages.ModelReport(name, version, loaded=False))
             case messages.NodeFacts() as facts:
                 self._flow.facts = facts
             case messages.Serve():
@@ -158,23 +166,29 @@ class Gateway:
         self._registry.expect(load.name, load.version)
         if load.last:
             del self._parts[load.name, load.version]
+            self._wanted[load.name, load.version] = load
             self._spawn(self._load(load, parts))
 
     async def _load(self, load: messages.LoadModel, files: dict[str, int]) -> None:
         error = ""
+        key = (load.name, load.version)
         try:
-            # A session takes long to build; requests to other models go on meanwhile.
-            model: LoadedModel = await asyncio.to_thread(
-                load_model, files, digest=load.digest, signer=load.signer, threads=self._start.threads
-            )
-            self._registry.add(model)
+            # A session takes long to build; requests go on meanwhile. One at a time: reports keep the order of the loads, and msgspec
+            # crashes where two threads are the first to convert to a type.
+            async with self._loading:
+                model: LoadedModel = await asyncio.to_thread(
+                    load_model, files, digest=load.digest, signer=load.signer, threads=self._start.threads
+                )
+            if self._wanted.get(key) is load:  # else it was taken away, or replaced, while it was loaded
+                self._registry.add(model)
         except (VerificationError, IsolationError) as failure:
             error = str(failure)
-            self._registry.fail(load.name, load.version, error)
+            if self._wanted.get(key) is load:
+                self._registry.fail(load.name, load.version, error)
         finally:
             for fd in files.values():
                 os.close(fd)
-        self._report(messages.ModelReport(load.name, load.version, loaded=not error, error=error))
+        self._report(messages.ModelReport(load.name, load.version, error))
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -228,5 +242,9 @@ class Gateway:
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._loads.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._report(messages.Fatal(f"{type(error).__name__}: {error}"))
-            self._drained.set()
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Say why, and end."""
+        self._report(messages.Fatal(f"{type(error).__name__}: {error}"))
+        self._drained.set()
