@@ -9,6 +9,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,7 +154,7 @@ def _as_tensor(pixels):
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BILINEAR)
     left, top = (picture.width - 224) // 2, (picture.height - 224) // 2
     values = np.asarray(picture.crop((left, top, left + 224, top + 224)))[:, :, ::-1].astype(np.float32) / 255
-    scaled = (values - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+    scaled = (values - np.array([0.485, 0.456, 0.406], np.float32)) / np.array([0.229, 0.224, 0.225], np.float32)
     return np.ascontiguousarray(scaled.transpose(2, 0, 1)[None].astype(np.float32))
 
 
@@ -445,7 +446,7 @@ def issuer():
 def small_node(node_home, tmp_path_factory, issuer):
     """Tokens, limits that a test can reach, and policy data that names them in every way."""
     tight = {"requests_per_second": 0.001, "burst": 2, "concurrency": 2, "max_bytes": 65536, "max_batch": 2}
-    data = {
+    data: dict[str, Any] = {
         "limits": {
             "limits": {"tight": tight, "roomy": {**tight, "burst": 1000, "concurrency": 64, "max_bytes": 1 << 20}},
             "default": "roomy",
