@@ -74,6 +74,8 @@ PRELOAD: Final = (
 )
 POLICY_OPEN_FILES: Final = 64
 TPM_CHECK_S: Final = 10.0
+MODEL_RETRY_S: Final = 5.0
+MAX_MODEL_RETRY_S: Final = 60.0
 HEALTH_CHECK_S: Final = 1.0
 _log = structlog.get_logger(__name__)
 
@@ -114,7 +116,7 @@ class _Agent:
         self._notifier = Notifier(environment.notify_socket)
         self._watchdog_s = (environment.watchdog_usec or 0) / 2e6 or HEALTH_CHECK_S
         self._stop = asyncio.Event()
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Task[object]] = set()
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -133,7 +135,7 @@ class _Agent:
                     for task in self._running:
                         task.cancel()
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    def _run(self, work: Coroutine[Any, Any, object]) -> None:
         """Run work until the end of the process: its failure is the process's."""
         task = self._tasks.create_task(work)
         self._running.add(task)
@@ -235,6 +237,7 @@ class _Agent:
             await self._serve(stack, evidence_application(node, spki), self._listeners.control, context)
         self._run(watcher.run())
         self._run(self._check_tpm(node))
+        self._run(self._retry_models(node))
         self._run(self._keep_alive(node))
         host, port = self._listeners.inference.getsockname()[:2]
         self._notifier.ready()
@@ -276,6 +279,14 @@ class _Agent:
                 if node.health.report("attested", holds=False, why=str(error)):
                     _log.error("attestation_lost", error=str(error))
 
+    async def _retry_models(self, node: Node) -> None:
+        """Take up again what failed for a reason of the host's."""
+        delay_s = MODEL_RETRY_S
+        while True:
+            await asyncio.sleep(delay_s)
+            settled = await _logged(node.models.retry())
+            delay_s = MODEL_RETRY_S if settled else min(2 * delay_s, MAX_MODEL_RETRY_S)
+
     async def _keep_alive(self, node: Node) -> None:
         while True:
             self._notifier.watchdog()
@@ -294,14 +305,16 @@ class _Agent:
         await node.record(AuditEvent(kind="node.stop", time_us=clock.now_us(), outcome="ok", principal="edgewarden"))
 
 
-async def _logged(work: Coroutine[Any, Any, None], **fields: str) -> None:
-    """Run work whose failure is the host's, not ours: what it would have changed stays out of service."""
+async def _logged(work: Coroutine[Any, Any, None], **fields: str) -> bool:
+    """Run work whose failure is the host's, not ours: what it would have changed stays out of service. False: it failed."""
     try:
         await work
     except TpmResetError:
         raise
     except EdgeWardenError as error:
         _log.error("model_check_failed", error=str(error), **fields)
+        return False
+    return True
 
 
 def _control_tls(control: ControlSettings) -> tuple[ssl.SSLContext, str]:
