@@ -5,7 +5,8 @@ The steps, in this order; none is left out for anyone, and whatever fails at a s
 1. identify: the TLS peer's certificate, or a bearer token, becomes a Principal.
 2. admit: the announced size; then the body is read, within its size, its time and its memory; the principal's rate and concurrency.
 3. decode: the body becomes tensors, within the wire format's limits.
-4. authorize: the policy decides on subject, action, resource, request and node. No answer is a deny.
+4. authorize: the policy decides on subject, action, resource, request and node. No answer is a deny. The limit that it names counts
+   besides the one of step 2.
 5. sanitize: the profile that the decision names, else the manifest's.
 6. infer: the session that was built from the measured bytes.
 7. egress: the output profile that the decision names, else the manifest's.
@@ -197,7 +198,7 @@ class RequestFlow:
         trace.principal = self._identify(caller)
         trace.stage("identity")
         # 2. admit
-        name = self.data.limit_for(trace.principal)
+        name = self.data.limit_for(trace.principal, model)
         limit = self.admission.limit(name)
         most = min(limit.max_bytes, self.max_body_bytes)
         check_size(wire.announced_bytes, most)
@@ -217,6 +218,9 @@ class RequestFlow:
             # 4. authorize
             asked = {"bytes": len(body), "batch": batch, "rate": rate}
             answer = await self._authorize(trace, loaded, asked)
+            decided = answer.decision.obligations.limit
+            if decided is not None and decided != name:
+                self.admission.narrow(trace.principal.id, decided, now)
             trace.stage("policy")
             # 5. sanitize
             data = self._data_of(answer)
@@ -264,9 +268,15 @@ class RequestFlow:
             raise refusal from error
         return loaded
 
-    async def refuse(self, caller: Caller, error: PeerError) -> PeerError:
-        """Record a call that nobody may make, with who made it where that is known; returns what to answer."""
-        trace = _Trace("open", caller.source_ip)
+    async def refuse(self, caller: Caller, call: str, error: PeerError) -> PeerError:
+        """Record a call that nobody may make, with who made it where that is known; returns what to answer.
+
+        Args:
+            caller: who.
+            call: method and path, in ASCII.
+            error: what to answer a caller that is known.
+        """
+        trace = _Trace(call, caller.source_ip)
         try:
             trace.principal = self._identify(caller)
         except PeerError as unknown:
