@@ -74,6 +74,8 @@ PRELOAD: Final = (
 )
 POLICY_OPEN_FILES: Final = 64
 TPM_CHECK_S: Final = 10.0
+MODEL_RETRY_S: Final = 5.0
+MAX_MODEL_RETRY_S: Final = 60.0
 HEALTH_CHECK_S: Final = 1.0
 _log = structlog.get_logger(__name__)
 
@@ -233,6 +235,7 @@ class _Agent:
             await self._serve(stack, evidence_application(node, spki), self._listeners.control, context)
         running.append(tasks.create_task(watcher.run()))
         running.append(tasks.create_task(self._check_tpm(node)))
+        running.append(tasks.create_task(self._retry_models(node)))
         running.append(tasks.create_task(self._keep_alive(node)))
         host, port = self._listeners.inference.getsockname()[:2]
         self._notifier.ready()
@@ -274,6 +277,14 @@ class _Agent:
                 if node.health.report("attested", holds=False, why=str(error)):
                     _log.error("attestation_lost", error=str(error))
 
+    async def _retry_models(self, node: Node) -> None:
+        """Take up again what failed for a reason of the host's."""
+        delay_s = MODEL_RETRY_S
+        while True:
+            await asyncio.sleep(delay_s)
+            settled = await _logged(node.models.retry())
+            delay_s = MODEL_RETRY_S if settled else min(2 * delay_s, MAX_MODEL_RETRY_S)
+
     async def _keep_alive(self, node: Node) -> None:
         while True:
             self._notifier.watchdog()
@@ -292,14 +303,16 @@ class _Agent:
         await node.record(AuditEvent(kind="node.stop", time_us=clock.now_us(), outcome="ok", principal="edgewarden"))
 
 
-async def _logged(work: Awaitable[None], **fields: str) -> None:
-    """Run work whose failure is the host's, not ours: what it would have changed stays out of service."""
+async def _logged(work: Awaitable[None], **fields: str) -> bool:
+    """Run work whose failure is the host's, not ours: what it would have changed stays out of service. False: it failed."""
     try:
         await work
     except TpmResetError:
         raise
     except EdgeWardenError as error:
         _log.error("model_check_failed", error=str(error), **fields)
+        return False
+    return True
 
 
 def _control_tls(control: ControlSettings) -> tuple[ssl.SSLContext, str]:

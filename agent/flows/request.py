@@ -31,6 +31,7 @@ from agent import clock
 from agent.errors import AuditError, PeerError, PolicyError, VerificationError
 from agent.flows.policy_data import PolicyData
 from agent.flows.recording import AuditClient
+from agent.flows.refusals import Refusals
 from agent.flows.running import Runner
 from agent.flows.sanitizing import sanitize_inputs
 from agent.guard.admission import Admission, check_batch, check_size
@@ -185,6 +186,7 @@ class RequestFlow:
     facts: NodeFacts
     data: PolicyData = field(default_factory=PolicyData)
     earlier_data: PolicyData = field(default_factory=PolicyData)
+    refusals: Refusals = field(default_factory=Refusals)
 
     async def infer(self, caller: Caller, model: str, version: str, wire: Wire) -> Answer:
         """Answer one request.
@@ -364,10 +366,20 @@ class RequestFlow:
         failure = trace.answer.error if trace.answer and trace.answer.error else ""
         words = cause or failure or (str(error) if not denied else "")
         self.counters.count(f"refusals_total|reason={error.reason}")
+        if not denied and not self.refusals.has_record(trace.principal.id, error.reason, clock.monotonic_us()):
+            return
+        outcome: Literal["denied", "refused"] = "denied" if denied else "refused"
+        await self._note(trace.event("refusal", outcome, error=words, detail={"reason": error.reason}))
+
+    async def note_refusals(self) -> None:
+        """Record what was only counted since the last call; to be called once a second and at the end."""
+        summary = self.refusals.summary()
+        if summary is not None:
+            await self._note(summary)
+
+    async def _note(self, refusal: AuditEvent) -> None:
         try:
-            waiting = self.audit.append(
-                trace.event("refusal", "denied" if denied else "refused", error=words, detail={"reason": error.reason})
-            )
+            waiting = self.audit.append(refusal)
             if waiting is not None:
                 await waiting
         except AuditError:

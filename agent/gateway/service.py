@@ -67,7 +67,8 @@ class Gateway:
         self._start = start
         self._context = context
         self._registry = Registry()
-        self._parts: dict[tuple[str, str], dict[str, int]] = {}
+        self._parts: dict[int, dict[str, int]] = {}
+        self._newest: dict[tuple[str, str], int] = {}  # hand-over that may answer for a name and version
         self._loads: set[asyncio.Task[None]] = set()
         self._drained = asyncio.Event()
         self._server: asyncio.Server | None = None
@@ -132,8 +133,8 @@ class Gateway:
             case messages.LoadModel() as load:
                 self._take_model_part(load, frame.fds)
             case messages.UnloadModel(name=name, version=version):
+                self._newest.pop((name, version), None)
                 self._registry.remove(name, version)
-                self._report(messages.ModelReport(name, version, loaded=False))
             case messages.NodeFacts() as facts:
                 self._flow.facts = facts
             case messages.Serve():
@@ -153,11 +154,12 @@ class Gateway:
             raise IsolationError(f"policy data: {error}") from error
 
     def _take_model_part(self, load: messages.LoadModel, fds: tuple[int, ...]) -> None:
-        parts = self._parts.setdefault((load.name, load.version), {})
+        parts = self._parts.setdefault(load.number, {})
         parts.update(zip(load.files, fds, strict=True))
+        self._newest[load.name, load.version] = load.number
         self._registry.expect(load.name, load.version)
         if load.last:
-            del self._parts[load.name, load.version]
+            del self._parts[load.number]
             self._spawn(self._load(load, parts))
 
     async def _load(self, load: messages.LoadModel, files: dict[str, int]) -> None:
@@ -167,14 +169,21 @@ class Gateway:
             model: LoadedModel = await asyncio.to_thread(
                 load_model, files, digest=load.digest, signer=load.signer, threads=self._start.threads
             )
-            self._registry.add(model)
+            if self._is_newest(load):
+                self._registry.add(model)
+            else:
+                error = "another was handed over in its place, or it was taken away"
         except (VerificationError, IsolationError) as failure:
             error = str(failure)
-            self._registry.fail(load.name, load.version, error)
+            if self._is_newest(load):
+                self._registry.fail(load.name, load.version, error)
         finally:
             for fd in files.values():
                 os.close(fd)
-        self._report(messages.ModelReport(load.name, load.version, loaded=not error, error=error))
+        self._report(messages.ModelReport(load.number, error))
+
+    def _is_newest(self, load: messages.LoadModel) -> bool:
+        return self._newest.get((load.name, load.version)) == load.number
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -196,6 +205,7 @@ class Gateway:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._routes.idle.wait(), timeout_s)
         await self._front.shutdown(timeout=1.0)
+        await self._flow.note_refusals()
         self._report(messages.Drained())
         await asyncio.sleep(0)
         self._drained.set()
@@ -207,6 +217,7 @@ class Gateway:
             if sent != counters:
                 sent = counters
                 self._report(messages.Statistics(sent, self._front.open_connections, self._routes.in_work))
+            await self._flow.note_refusals()
             await asyncio.sleep(REPORT_INTERVAL_S)
 
     def _report(self, message: messages.GatewayMessage) -> None:
@@ -216,6 +227,7 @@ class Gateway:
 
     def _refused(self, reason: str, _: str) -> None:
         self._counters.count(f"refusals_total|reason={reason}")
+        self._flow.refusals.count(reason)
 
     def _agent_gone(self) -> None:
         self._audit.close()

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from agent.records import Decision, decode
-from bench.realistic_policy import realistic_data, write
-from tests.support.policy_inputs import generate
+from bench.realistic_policy import realistic_data, realistic_input, write
+from tests.support.policy_inputs import generate, near_misses
 from tests.support.rego import POLICIES, Embedded, opa_server, policy_data
 
 SEED = 20260303
@@ -38,7 +38,7 @@ def policies(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def documents():
-    return list(generate(SEED, COUNT))
+    return [*generate(SEED, COUNT), *near_misses(realistic_input())]
 
 
 @pytest.mark.integration
