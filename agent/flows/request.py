@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -94,18 +95,31 @@ class Counters:
     EDGES = (100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 1_000_000)
 
     def __init__(self) -> None:
-        self.values: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
+        self._latency: dict[str, list[int]] = {}  # by stage: requests in each bucket, then the sum
+
+    @property
+    def values(self) -> dict[str, int]:
+        """All counters by key. Keys are made here, once a report, and not once a request."""
+        values = dict(self._counts)
+        for stage, buckets in self._latency.items():
+            for edge, count in zip((*self.EDGES, "+Inf", "sum"), buckets, strict=True):
+                if count:
+                    values[f"latency|le={edge}|stage={stage}"] = count
+        return values
 
     def count(self, key: str, by: int = 1) -> None:
         """Add to a counter."""
-        self.values[key] = self.values.get(key, 0) + by
+        self._counts[key] = self._counts.get(key, 0) + by
 
     def observe(self, latency_us: Mapping[str, int]) -> None:
         """Add a request's latency split to the histograms."""
         for stage, micros in latency_us.items():
-            edge = next((str(edge) for edge in self.EDGES if micros <= edge), "+Inf")
-            self.count(f"latency|le={edge}|stage={stage}")
-            self.count(f"latency|le=sum|stage={stage}", micros)
+            buckets = self._latency.get(stage)
+            if buckets is None:
+                buckets = self._latency[stage] = [0] * (len(self.EDGES) + 2)
+            buckets[bisect_left(self.EDGES, micros)] += 1
+            buckets[-1] += micros
 
 
 @dataclass(slots=True)

@@ -222,8 +222,9 @@ class Gateway:
     async def _report_regularly(self) -> None:
         sent: dict[str, int] | None = None
         while True:
-            if sent != self._counters.values:
-                sent = dict(self._counters.values)
+            counters = self._counters.values
+            if sent != counters:
+                sent = counters
                 self._report(messages.Statistics(sent, self._front.open_connections, self._routes.in_work))
             await self._flow.note_refusals()
             await asyncio.sleep(REPORT_INTERVAL_S)
