@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.cache/bin:$(PATH)
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup opa oms test lint format lock clean
+.PHONY: help setup opa oms demo run test bench lint format lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -19,9 +19,18 @@ opa: setup ## Find or build the OPA binary
 oms: setup
 	@tools/setup oms
 
+demo: setup ## A narrated tour of a whole node; ends by itself
+	@$(VENV)/python -m tools.demo $(if $(TPM),--tpm '$(TPM)')
+
+run: setup ## Start the same node in the foreground (TPM=tcti for a real TPM)
+	@$(VENV)/python -m tools.demo --serve $(if $(TPM),--tpm '$(TPM)')
+
+bench: setup ## Compare with an unguarded server, in one run
+	$(VENV)/python -m bench.run
+
 test: setup opa oms ## Run all tests
 	$(VENV)/pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
-	opa test -b rego policies
+	@if type -P opa >/dev/null; then opa test -b rego policies; else echo 'opa test: skipped, there is no OPA'; test -z "$$CI"; fi
 
 lint: setup ## Check format, style, types and the import rule
 	$(VENV)/ruff format --check .

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
-import yaml
 from msgspec import Meta
 
+from agent import strict_yaml
 from agent.errors import ConfigError
 from agent.records import canonical
 
 __all__ = [
+    "DEFAULT_CONFIG",
     "MAX_CONFIG_BYTES",
     "AuditSettings",
     "ControlSettings",
@@ -38,10 +39,12 @@ __all__ = [
     "TpmSettings",
     "json_schema",
     "load",
+    "quiet_libraries",
     "read_environment",
     "split_listen",
 ]
 
+DEFAULT_CONFIG = Path("/etc/edgewarden/edgewarden.yaml")
 MAX_CONFIG_BYTES = 256 * 1024
 _SECURITY = {"security": True}
 
@@ -226,6 +229,11 @@ def read_environment() -> Environment:
     )
 
 
+def quiet_libraries() -> None:
+    """Keep libraries from writing to standard error by themselves; before they are imported."""
+    os.environ.setdefault("TSS2_LOG", "all+none")  # noqa: TID251 -- as above
+
+
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of the file, for editors and the operator guide."""
     return msgspec.json.schema(Settings)
@@ -245,32 +253,11 @@ def load(path: Path) -> Settings:
     if len(text) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
     try:
-        document = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 -- a SafeLoader that also refuses duplicates
-        settings = msgspec.convert(document, Settings)
-    except (yaml.YAMLError, msgspec.ValidationError, RecursionError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+        settings = msgspec.convert(strict_yaml.load(text), Settings)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
     _check_listeners(path, settings)
     return _absolute(settings, path.resolve().parent)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML without duplicate keys and without aliases."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(
-                None, None, "aliases are not allowed", parent.start_mark if parent else None
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
 
 
 def split_listen(listen: str) -> tuple[str, int]:

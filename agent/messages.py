@@ -95,9 +95,11 @@ class PolicyData(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
 class LoadModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="load"):
     """A measured, verified and authorized package; descriptors: one sealed file for each of ``files``.
 
-    ``last`` is false while more files of the same package follow (a message carries a bounded number of descriptors).
+    ``number`` counts hand-overs; of one name and version only the newest may answer. ``last`` is false while more files
+    of the same package follow (a message carries a bounded number of descriptors).
     """
 
+    number: int
     name: str
     version: str
     digest: str
@@ -136,11 +138,9 @@ class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
 
 
 class ModelReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="model"):
-    """Whether a package became a session (``error`` is empty) or was unloaded."""
+    """Whether the package of this hand-over became a session that answers (``error`` is empty)."""
 
-    name: str
-    version: str
-    loaded: bool
+    number: int
     error: str = ""
 
 

@@ -176,10 +176,7 @@ class DemoNode:
     ) -> Path:
         """Build and sign the policy bundle."""
         bundle = self.root / "policy.tar.gz"
-        edgewarden(
-            *("policy", "build", "--rego", rego, "--policies", policies),
-            *("--revision", revision, "--output", bundle),
-        )
+        edgewarden("policy", "build", rego, policies, "--revision", revision, "--output", bundle)
         edgewarden("policy", "sign", bundle, "--key", self.root / "keys" / "policy.key")
         return bundle
 

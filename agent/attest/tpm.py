@@ -267,7 +267,7 @@ class _Worker:
         """Let the thread end, and its connection with it, once the job that it is in has ended."""
         self._jobs.put(None)
 
-    def join(self, timeout_s: float) -> None:
+    def join(self, timeout_s: float | None) -> None:
         self._thread.join(timeout_s)
 
     def _serve(self) -> None:

@@ -25,6 +25,7 @@ from agent.attest.appraisal import Appraisal, Check, Expectation, appraise
 from agent.attest.evidence import MAX_EVIDENCE_BYTES, NONCE_BYTES
 from agent.attest.reference import ReferenceValues
 from agent.attest.structures import MAX_PUBLIC_BYTES, parse_ak_public
+from agent.cli import reference
 from agent.errors import ConfigError, HostError, VerificationError
 
 __all__ = ["command"]
@@ -50,13 +51,20 @@ def command() -> None:
     """Fetch and appraise a node's Evidence."""
 
 
+command.add_command(reference.command)
+
+
 @command.command()
 @click.option("--evidence", "evidence_file", type=_EXISTING, required=True, help="Evidence as JSON.")
-@click.option("--nonce", type=_hex, required=True, help="The nonce that the Evidence was asked for with.")
+@click.option(
+    "--nonce", type=_hex, metavar="HEX", required=True, help="The nonce that the Evidence was asked for with."
+)
 @click.option("--ak", "ak_file", type=_EXISTING, required=True, help="The enrolled attestation key (TPMT_PUBLIC).")
 @click.option("--reference", "reference_file", type=_EXISTING, required=True, help="Reference Values as JSON.")
-@click.option("--control-spki", type=_hex, help="SHA-256 of the key that the control listener showed.")
-@click.option("--inference-spki", type=_hex, multiple=True, help="The same of the inference listener; repeatable.")
+@click.option("--control-spki", type=_hex, metavar="HEX", help="SHA-256 of the key that the control listener showed.")
+@click.option(
+    "--inference-spki", type=_hex, metavar="HEX", multiple=True, help="The same of the inference listener; repeatable."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the appraisal as JSON.")
 def verify(
     *,
@@ -130,7 +138,7 @@ def _line(check: Check) -> str:
 @click.option("--cert", type=_EXISTING, help="Client certificate chain (PEM), with --url.")
 @click.option("--key", type=_EXISTING, help="Its private key (PEM), with --url.")
 @click.option("--ca", type=_EXISTING, help="Who issued the node's certificate (PEM), with --url.")
-@click.option("--nonce", type=_hex, help="Default: random; printed to standard error.")
+@click.option("--nonce", type=_hex, metavar="HEX", help="Default: random; printed to standard error.")
 @click.option("--from", "start", type=click.IntRange(min=0), default=0, help="First log entry to send.")
 @click.option("--out", type=_NEW, help="Where to write the Evidence; default: standard output.")
 @click.option(

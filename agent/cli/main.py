@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 import click
 
 from agent import __version__
+from agent.config import quiet_libraries
 from agent.errors import EdgeWardenError, PolicyError, VerificationError
 
 __all__ = ["main"]
@@ -54,6 +55,7 @@ def _edgewarden() -> None:
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+    quiet_libraries()
     try:
         _edgewarden(prog_name="edgewarden")
     except (VerificationError, PolicyError) as error:

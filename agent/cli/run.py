@@ -8,11 +8,9 @@ from pathlib import Path
 import click
 import structlog
 
-from agent.config import json_schema, load, read_environment
+from agent.config import DEFAULT_CONFIG, json_schema, load, read_environment
 
 __all__ = ["command"]
-
-DEFAULT_CONFIG = Path("/etc/edgewarden/edgewarden.yaml")
 
 
 def _configure_log(level: str) -> None:

@@ -18,9 +18,9 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Awaitable
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import structlog
 import uvloop
@@ -41,6 +41,7 @@ from agent.daemon.provision import (
     child_user,
     gateway_spec,
     lock_state,
+    make_directory,
     read_pem,
     spki_sha256,
     trust_store,
@@ -59,7 +60,7 @@ from agent.isolation.supervisor import Zygote
 from agent.policy.client import PolicyClient
 from agent.policy.opa_server import OpaProgram
 from agent.policy.pool import PolicyPool
-from agent.records import AuditEvent
+from agent.records import AuditEvent, JsonValue
 
 __all__ = ["PRELOAD", "run"]
 
@@ -73,6 +74,8 @@ PRELOAD: Final = (
 )
 POLICY_OPEN_FILES: Final = 64
 TPM_CHECK_S: Final = 10.0
+MODEL_RETRY_S: Final = 5.0
+MAX_MODEL_RETRY_S: Final = 60.0
 HEALTH_CHECK_S: Final = 1.0
 _log = structlog.get_logger(__name__)
 
@@ -110,8 +113,10 @@ class _Agent:
         self._listeners = listeners
         self._zygote = zygote
         self._state = Path(settings.node.state_dir)
-        self._notifier = Notifier(environment.notify_socket, environment.watchdog_usec)
+        self._notifier = Notifier(environment.notify_socket)
+        self._watchdog_s = (environment.watchdog_usec or 0) / 2e6 or HEALTH_CHECK_S
         self._stop = asyncio.Event()
+        self._running: set[asyncio.Task[object]] = set()
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -119,15 +124,22 @@ class _Agent:
             loop.add_signal_handler(number, self._stop.set)
         async with contextlib.AsyncExitStack() as stack:
             node = await self._build(stack)
-            async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(self._zygote.run()), tasks.create_task(node.pool.run())]
+            async with asyncio.TaskGroup() as self._tasks:
+                for service in (self._zygote.run(), node.pool.run(), node.audit.run()):
+                    self._run(service)
                 try:
-                    await self._bring_up(node, stack, tasks, running)
-                    await self._stop.wait()
+                    self._run(self._bring_up(node, stack))
+                    await self._stop.wait()  # counts during a start that does not come to its end, too
                     await self._shut_down(node)
                 finally:
-                    for task in running:
+                    for task in self._running:
                         task.cancel()
+
+    def _run(self, work: Coroutine[Any, Any, object]) -> None:
+        """Run work until the end of the process: its failure is the process's."""
+        task = self._tasks.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
 
     async def _build(self, stack: contextlib.AsyncExitStack) -> Node:
         """Open everything that needs no other; what was opened is closed in the reverse order."""
@@ -163,7 +175,8 @@ class _Agent:
             total_deadline_s=total_s,
         )
         stack.push_async_callback(pool.close)
-        client = PolicyClient(lambda worker: workers.overrun(worker), deadline_s=deadline_s, total_deadline_s=total_s)
+        # The subscription that answers for overruns exists only once there is a client to subscribe.
+        client = PolicyClient(lambda worker: workers.overrun(worker), deadline_s=deadline_s, total_deadline_s=total_s)  # noqa: PLW0108 -- bound later
         stack.callback(client.close)
         workers = pool.subscribe(client.attach)
         metrics = Metrics(health, lambda: {"audit_records": audit.head().size})
@@ -198,13 +211,11 @@ class _Agent:
             log=log,
             audit=audit,
             inference_spki_sha256=spki_sha256("inference.certificate", certificate),
-            posture_source=lambda: posture(self._state),
+            posture_source=lambda: _flat(posture(self._state)),
         )
         return node
 
-    async def _bring_up(
-        self, node: Node, stack: contextlib.AsyncExitStack, tasks: asyncio.TaskGroup, running: list[asyncio.Task[None]]
-    ) -> None:
+    async def _bring_up(self, node: Node, stack: contextlib.AsyncExitStack) -> None:
         settings = self._settings
         await node.record(AuditEvent(kind="node.start", time_us=clock.now_us(), outcome="ok", principal="edgewarden"))
         # The operator can ask for the reason while the rest is still on its way.
@@ -213,22 +224,24 @@ class _Agent:
             await self._serve(stack, health_application(node.health, node.metrics), self._listeners.metrics)
         await node.policies.start(Path(settings.policy.bundle))
         node.health.report("enforcing", holds=True, why=f"policy {node.policies.status()['revision']}")
+        store = Path(settings.models.store)
+        make_directory("models.store", store)
+        # Before the packages are read, so that no change is missed in between.
+        watcher = StoreWatcher(store, lambda name, version: self._look_again(node, name, version))
         await node.models.scan()
-        running.append(tasks.create_task(node.dataplane.run()))
+        self._run(node.dataplane.run())
         await node.dataplane.wait_ready()
         await self._serve(stack, admin_application(node), self._listeners.admin_unix)
         if settings.control and self._listeners.control:
             context, spki = _control_tls(settings.control)
             await self._serve(stack, evidence_application(node, spki), self._listeners.control, context)
-        watcher = StoreWatcher(
-            Path(settings.models.store), lambda name, version: self._look_again(node, tasks, name, version)
-        )
-        watcher.start()
-        stack.callback(watcher.stop)
-        running.append(tasks.create_task(self._check_tpm(node)))
-        running.append(tasks.create_task(self._keep_alive(node)))
+        self._run(watcher.run())
+        self._run(self._check_tpm(node))
+        self._run(self._retry_models(node))
+        self._run(self._keep_alive(node))
         host, port = self._listeners.inference.getsockname()[:2]
-        self._notifier.ready(f"serving on {host}:{port}")
+        self._notifier.ready()
+        self._notifier.status(f"serving on {host}:{port}")
         _log.info("serving", address=host, port=port, models=len(node.dataplane.models))
 
     async def _serve(
@@ -243,9 +256,9 @@ class _Agent:
         stack.push_async_callback(runner.cleanup)
         await web.SockSite(runner, sock, ssl_context=context).start()
 
-    def _look_again(self, node: Node, tasks: asyncio.TaskGroup, name: str, version: str) -> None:
+    def _look_again(self, node: Node, name: str, version: str) -> None:
         if not self._stop.is_set():
-            tasks.create_task(_logged(node.models.changed(name, version), model=name, version=version))
+            self._run(_logged(node.models.changed(name, version), model=name, version=version))
 
     async def _check_tpm(self, node: Node) -> None:
         """Keep the fact ``attested``: the TPM answers and still holds what the log says."""
@@ -266,6 +279,14 @@ class _Agent:
                 if node.health.report("attested", holds=False, why=str(error)):
                     _log.error("attestation_lost", error=str(error))
 
+    async def _retry_models(self, node: Node) -> None:
+        """Take up again what failed for a reason of the host's."""
+        delay_s = MODEL_RETRY_S
+        while True:
+            await asyncio.sleep(delay_s)
+            settled = await _logged(node.models.retry())
+            delay_s = MODEL_RETRY_S if settled else min(2 * delay_s, MAX_MODEL_RETRY_S)
+
     async def _keep_alive(self, node: Node) -> None:
         while True:
             self._notifier.watchdog()
@@ -275,7 +296,7 @@ class _Agent:
                 if holds
             ]
             node.health.detail("crash_loops", list(loops))
-            await asyncio.sleep(HEALTH_CHECK_S)
+            await asyncio.sleep(min(self._watchdog_s, HEALTH_CHECK_S))
 
     async def _shut_down(self, node: Node) -> None:
         self._notifier.stopping()
@@ -284,14 +305,16 @@ class _Agent:
         await node.record(AuditEvent(kind="node.stop", time_us=clock.now_us(), outcome="ok", principal="edgewarden"))
 
 
-async def _logged(work: Awaitable[None], **fields: str) -> None:
-    """Run work whose failure is the host's, not ours: what it would have changed stays out of service."""
+async def _logged(work: Coroutine[Any, Any, None], **fields: str) -> bool:
+    """Run work whose failure is the host's, not ours: what it would have changed stays out of service. False: it failed."""
     try:
         await work
     except TpmResetError:
         raise
     except EdgeWardenError as error:
         _log.error("model_check_failed", error=str(error), **fields)
+        return False
+    return True
 
 
 def _control_tls(control: ControlSettings) -> tuple[ssl.SSLContext, str]:
@@ -303,6 +326,11 @@ def _control_tls(control: ControlSettings) -> tuple[ssl.SSLContext, str]:
     context.load_verify_locations(cadata=read_pem("control.client_ca", control.client_ca).decode())
     context.verify_mode = ssl.CERT_REQUIRED
     return context, spki_sha256("control.certificate", certificate)
+
+
+def _flat(facts: dict[str, JsonValue]) -> dict[str, str | int | bool]:
+    """Leave the facts that Evidence can carry: it has no lists."""
+    return {name: value for name, value in facts.items() if isinstance(value, str | int)}
 
 
 def _boot_id() -> str:

@@ -37,6 +37,7 @@ __all__ = [
     "child_user",
     "gateway_spec",
     "lock_state",
+    "make_directory",
     "read_pem",
     "spki_sha256",
     "trust_store",
@@ -64,6 +65,18 @@ class Listeners:
                 sock.close()
 
 
+def make_directory(setting: str, path: Path) -> None:
+    """Make a directory of the configuration's where it is missing.
+
+    Raises:
+        HostError: it can't be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostError(f"{setting}: {path}: {error.strerror}") from error
+
+
 def bind_listeners(settings: Settings) -> Listeners:
     """Bind everything that the configuration names.
 
@@ -71,10 +84,7 @@ def bind_listeners(settings: Settings) -> Listeners:
         HostError: an address is taken or not ours.
     """
     runtime = Path(settings.node.runtime_dir)
-    try:
-        runtime.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HostError(f"{runtime}: {error.strerror}") from error
+    make_directory("node.runtime_dir", runtime)
     control = settings.control.listen if settings.control else None
     metrics = settings.metrics.listen
     return Listeners(

@@ -11,7 +11,6 @@ from agent.attest.evidence import AuditHead
 from agent.attest.log import MeasurementLog
 from agent.attest.tpm import TpmThread
 from agent.audit.log import AuditLog
-from agent.host.posture import posture
 
 __all__ = ["AttestationFlow"]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,7 +78,8 @@ class Dataplane:
         self._spec = spec
         self._hooks = hooks
         self._models: dict[tuple[str, str], ServedModel] = {}
-        self._reports: dict[tuple[str, str], asyncio.Future[messages.ModelReport]] = {}
+        self._number = 0  # of the last hand-over
+        self._reports: dict[int, asyncio.Future[str]] = {}
         self._facts = messages.NodeFacts(trust="unknown")
         self._policy_data: SealedFile | None = None
         self._policy_sha256 = ""
@@ -136,8 +137,11 @@ class Dataplane:
         key = (model.name, model.version)
         self._models[key] = model
         if self._channel is None:
-            return ""  # the next gateway gets it with all others, and reports
-        return (await self._hand_over(model)).error
+            return ""  # the next gateway gets it with all others
+        try:
+            return await self._hand_over(model)
+        except IsolationError:
+            return ""  # the gateway ended; again the next one gets it
 
     def unload(self, name: str, version: str) -> None:
         """Take a model away from the gateway."""
@@ -157,40 +161,66 @@ class Dataplane:
         if self._draining:
             await asyncio.Event().wait()
         child = await self._zygote.spawn(self._spec)
-        channel = AsyncChannel(child.sock, self._frame, child.kill)
+        self._drained.clear()
+        channel = AsyncChannel(child.sock, self._frame, lambda: self._lost(child))
         self._child, self._channel = child, channel
         if self._policy_data:
             self._tell(messages.PolicyData(self._policy_sha256), self._policy_data.fd)
         self._tell(self._facts)
         self._workers = self._hooks.subscribe(self._endpoint)
         try:
-            reports = await asyncio.gather(*(self._hand_over(model) for model in list(self._models.values())))
+            # All are sent in this turn of the loop: later their files may be closed, and their numbers be another's.
+            models = list(self._models.values())
+            errors = await asyncio.gather(*[self._hand_over(model) for model in models])
         except IsolationError:
             self._end()
             raise
-        for report in reports:
-            if report.error:
-                _log.error("model_not_served", model=report.name, version=report.version, error=report.error)
-                self._models.pop((report.name, report.version), None)
+        for model, error in zip(models, errors, strict=True):
+            if error and self._models.get((model.name, model.version)) is model:
+                _log.error("model_not_served", model=model.name, version=model.version, error=error)
+                del self._models[model.name, model.version]
         self._tell(messages.Serve())
         return child
 
-    async def _hand_over(self, model: ServedModel) -> messages.ModelReport:
-        key = (model.name, model.version)
-        report = asyncio.get_running_loop().create_future()
-        self._reports[key] = report
+    def _hand_over(self, model: ServedModel) -> Coroutine[Any, Any, str]:
+        """Send a model at once; what is returned waits for why it has no session, or an empty string.
+
+        Raises:
+            IsolationError: (when awaited) the gateway ended.
+        """
+        self._number += 1
+        report: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._reports[self._number] = report
         names = list(model.files)
         for at in range(0, len(names), MAX_FILES_A_MESSAGE):
             part = names[at : at + MAX_FILES_A_MESSAGE]
             last = at + MAX_FILES_A_MESSAGE >= len(names)
-            message = messages.LoadModel(model.name, model.version, model.digest, model.signer, tuple(part), last)
+            message = messages.LoadModel(
+                self._number, model.name, model.version, model.digest, model.signer, tuple(part), last
+            )
             self._tell(message, *(model.files[name].fd for name in part))
+        if self._channel is None or self._channel.closed:
+            self._fail_reports()
+        return self._reported(self._number, report)
+
+    async def _reported(self, number: int, report: asyncio.Future[str]) -> str:
         try:
             return await asyncio.wait_for(report, LOAD_TIMEOUT_S)
         except TimeoutError:
-            return messages.ModelReport(model.name, model.version, loaded=False, error="no session in time")
+            return "no session in time"
         finally:
-            self._reports.pop(key, None)
+            self._reports.pop(number, None)
+
+    def _lost(self, child: ChildHandle) -> None:
+        """The channel closed: whoever waits for this gateway need not wait any longer."""
+        child.kill()
+        if self._child is child:
+            self._fail_reports()
+
+    def _fail_reports(self) -> None:
+        for report in self._reports.values():
+            if not report.done():
+                report.set_exception(IsolationError("the gateway ended"))
 
     def _endpoint(self, endpoint: Endpoint) -> None:
         self._tell(
@@ -252,9 +282,9 @@ class Dataplane:
                 self._ready.set()
                 self._hooks.serving(holds=True, why="the gateway accepts connections")
             case messages.ModelReport():
-                waiting = self._reports.get((message.name, message.version))
+                waiting = self._reports.get(message.number)
                 if waiting and not waiting.done():
-                    waiting.set_result(message)
+                    waiting.set_result(message.error)
             case messages.Overrun():
                 if self._workers:
                     self._workers.overrun(message.worker)
@@ -275,9 +305,7 @@ class Dataplane:
         if self._workers:
             self._workers.close()
             self._workers = None
-        for report in self._reports.values():
-            if not report.done():
-                report.set_exception(IsolationError("the gateway ended"))
+        self._fail_reports()
         if self._channel and not self._channel.closed:
             self._channel.close()
         if self._child:

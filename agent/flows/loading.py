@@ -6,7 +6,7 @@ The agent hands over the model, its manifest, its labels and the external data t
 from collections.abc import Mapping
 
 from agent.errors import VerificationError
-from agent.inference.manifest import MANIFEST_FILE, parse_manifest
+from agent.inference.manifest import MANIFEST_FILE, parse_labels, parse_manifest
 from agent.inference.package import MODEL_FILE
 from agent.inference.registry import LoadedModel
 from agent.inference.session import Session
@@ -35,7 +35,9 @@ def load_model(fds: Mapping[str, int], *, digest: str, signer: str, threads: int
     manifest = parse_manifest(bytes(files[MANIFEST_FILE]))
     labels: tuple[str, ...] = ()
     if manifest.labels is not None:
-        labels = tuple(bytes(files[manifest.labels]).decode(errors="replace").splitlines())
+        if manifest.labels not in files:
+            raise VerificationError("missing-file", f"the package has no {manifest.labels}")
+        labels = parse_labels(bytes(files[manifest.labels]))
     externals = {path: data for path, data in files.items() if path not in {MODEL_FILE, MANIFEST_FILE, manifest.labels}}
     session = Session(bytes(files[MODEL_FILE]), externals, manifest, threads)
     return LoadedModel(session, manifest, digest, signer, labels)

@@ -10,8 +10,11 @@ The steps, in this order, for each package at boot and whenever its files change
 6. record: the audit log holds it.
 7. hand over: the gateway makes its session from the same sealed memory.
 
-A new policy is asked again about every package in force. A package that fails at any step is not loaded; where files differ from what was in force, or a new package is refused as a whole, each refused
-file is measured as refused. A package that was in force and no longer verifies is taken from the gateway first and measured as unloaded.
+A new policy is asked again about every package in force. A package that fails at any step is not loaded. A file whose digest is not the signed
+one is measured as refused; what no trusted signer has signed has no right digest to differ from, and is in the audit log alone. A package that
+was in force and no longer verifies is taken from the gateway first and measured as unloaded; so is one that only the log of an earlier agent
+still calls in force. A package whose steps the node itself could not complete (a TPM that hangs, a full disk) stays unsettled and is looked at
+again.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from agent.flows.dataplane import Dataplane, ServedModel
 from agent.inference.inspection import inspect
 from agent.inference.manifest import MANIFEST_FILE, ModelManifest
 from agent.inference.package import MODEL_FILE, Package, PackageLimits, read_package
-from agent.inference.signing import Signer, TrustStore, verify_package
+from agent.inference.signing import FileDigestError, Signer, TrustStore, verify_package
 from agent.isolation.supervisor import Zygote
 from agent.records import AuditEvent, JsonValue, PolicyAnswer
 
@@ -61,13 +64,6 @@ class _InForce:
     digest: str
     signer: str
     policy_sha256: str
-    files: Mapping[str, str]  # digests of all files of the package
-
-
-@dataclass(frozen=True, slots=True)
-class _Refused:
-    reason: str
-    files: Mapping[str, str]
 
 
 class ModelKeeper:
@@ -101,27 +97,66 @@ class ModelKeeper:
         self._dataplane = dataplane
         self._hooks = hooks
         self._in_force: dict[tuple[str, str], _InForce] = {}
-        self._refused: dict[tuple[str, str], _Refused] = {}
+        self._refused: dict[tuple[str, str], str] = {}  # why
         self._packages: dict[tuple[str, str], Package] = {}
+        self._unsettled: set[tuple[str, str]] = set()
         self._turn = asyncio.Lock()
 
     def status(self) -> list[JsonValue]:
         """Return what is loaded and what is refused, and why."""
         loaded: list[JsonValue] = [
-            {"name": name, "version": version, "state": "loaded", "digest": model.digest, "signer": model.signer}
+            {
+                "name": name,
+                "version": version,
+                "state": "loaded" if (name, version) in self._dataplane.models else "not served",
+                "digest": model.digest,
+                "signer": model.signer,
+            }
             for (name, version), model in sorted(self._in_force.items())
         ]
         refused: list[JsonValue] = [
-            {"name": name, "version": version, "state": "refused", "reason": refusal.reason}
-            for (name, version), refusal in sorted(self._refused.items())
+            {"name": name, "version": version, "state": "refused", "reason": reason}
+            for (name, version), reason in sorted(self._refused.items())
         ]
-        return loaded + refused
+        unsettled: list[JsonValue] = [
+            {"name": name, "version": version, "state": "unsettled", "reason": "the node could not look at it yet"}
+            for name, version in sorted(self._unsettled - self._in_force.keys() - self._refused.keys())
+        ]
+        return loaded + refused + unsettled
 
     async def scan(self) -> None:
-        """Bring every package of the store, and every loaded one, up to date."""
+        """Bring every package of the store, and every one that is loaded or that the log calls in force, up to date.
+
+        Raises:
+            TpmError, HostError, AuditError: as :meth:`changed`, the first of them, once all packages were looked at.
+        """
         present = await asyncio.to_thread(_packages, self._store)
-        for name, version in sorted({*present, *self._in_force, *self._refused}):
-            await self.changed(name, version)
+        await self._all_changed({*present, *self._in_force, *self._refused})
+        async with self._log.locked() as now:
+            claimed = {(name, version) for name, version, _ in (path.split("/", 2) for path in now.state.models)}
+        await self._all_changed(claimed - self._in_force.keys())
+
+    async def _all_changed(self, keys: set[tuple[str, str]]) -> None:
+        failures: list[HostError] = []
+        for name, version in sorted(keys):
+            try:
+                await self.changed(name, version)
+            except HostError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    async def retry(self) -> None:
+        """Look again at what the node itself failed at, and at what a new gateway could not take.
+
+        Raises:
+            TpmError, HostError, AuditError: it fails again.
+        """
+        async with self._turn:
+            for name, version in sorted(self._in_force.keys() - self._dataplane.models.keys()):
+                self._unsettled.add((name, version))
+                await self._unload(name, version, "the gateway has no session of it")
+        await self._all_changed(set(self._unsettled))
 
     async def changed(self, name: str, version: str) -> None:
         """Look at one package again; nothing happens when it is what is in force.
@@ -130,29 +165,32 @@ class ModelKeeper:
             TpmError, HostError, AuditError: a step of ours failed; the package is not loaded.
         """
         async with self._turn:
-            directory = self._store / name / version
-            if not await asyncio.to_thread(directory.is_dir):
-                await self._gone(name, version)
-                return
-            try:
-                package = await asyncio.to_thread(read_package, directory, self._limits)
-            except (VerificationError, HostError) as error:
-                await self._refuse(name, version, {}, str(error))
-                return
-            kept = False
-            try:
-                kept = await self._bring(name, version, package)
-            except VerificationError as error:
-                await self._refuse(name, version, package.digests(), str(error))
-            finally:
-                if not kept:
-                    package.close()
+            # Until every step is done; an error on the way leaves it so.
+            self._unsettled.add((name, version))
+            await self._look(name, version)
+            self._unsettled.discard((name, version))
 
-    async def drop_all(self, reason: str) -> None:
-        """Take every model away from the gateway and measure that."""
-        async with self._turn:
-            for name, version in list(self._in_force):
-                await self._unload(name, version, reason)
+    async def _look(self, name: str, version: str) -> None:
+        directory = self._store / name / version
+        if not await asyncio.to_thread(directory.is_dir):
+            await self._gone(name, version)
+            return
+        try:
+            package = await asyncio.to_thread(read_package, directory, self._limits)
+        except (VerificationError, HostError) as error:
+            await self._refuse(name, version, {}, str(error))
+            return
+        kept = False
+        try:
+            kept = await self._bring(name, version, package)
+        except FileDigestError as error:
+            digests = package.digests()
+            await self._refuse(name, version, {path: digests[path] for path in error.paths}, str(error))
+        except VerificationError as error:
+            await self._refuse(name, version, {}, str(error))
+        finally:
+            if not kept:
+                package.close()
 
     async def _bring(self, name: str, version: str, package: Package) -> bool:
         """Steps 2 to 7; returns whether the package is in force now and must stay open."""
@@ -193,7 +231,7 @@ class ModelKeeper:
         # 6. record
         await self._record("model.load", "ok", name, version, package.sha256, answer=answer)
         # 7. hand over
-        self._in_force[key] = _InForce(package.sha256, signer.sha256_of_spki, answer.policy_sha256, package.digests())
+        self._in_force[key] = _InForce(package.sha256, signer.sha256_of_spki, answer.policy_sha256)
         self._refused.pop(key, None)
         served = ServedModel(
             name, version, package.sha256, signer.sha256_of_spki, {path: package.file(path) for path in handed}
@@ -218,17 +256,10 @@ class ModelKeeper:
             )
         return signer, manifest
 
-    async def _refuse(self, name: str, version: str, digests: Mapping[str, str], reason: str) -> None:
-        key = (name, version)
-        force = self._in_force.get(key)
-        if force is not None:
-            await self._unload(name, version, reason)
-            known = force.files
-            wrong = {path: digest for path, digest in digests.items() if known.get(path, digest) != digest}
-        else:
-            before = self._refused.get(key)
-            wrong = {} if before is not None and before.files == digests else dict(digests)
-        self._refused[key] = _Refused(reason, dict(digests))
+    async def _refuse(self, name: str, version: str, wrong: Mapping[str, str], reason: str) -> None:
+        """Keep a package out; ``wrong`` are the digests of files that are not the signed ones."""
+        await self._out_of_force(name, version, reason)
+        self._refused[name, version] = reason
         for path, digest in sorted(wrong.items()):
             if self._log_state_refused(name, version, path) != digest:
                 await self._log.append(refused_entry(name, version, path, bytes.fromhex(digest)))
@@ -241,18 +272,21 @@ class ModelKeeper:
 
     async def _denied(self, name: str, version: str, package: Package, answer: PolicyAnswer) -> None:
         reasons = ", ".join(answer.decision.reasons) or answer.error or "no reason given"
-        self._refused[name, version] = _Refused(f"denied by policy: {reasons}", package.digests())
-        if (name, version) in self._in_force:
-            await self._unload(name, version, f"denied by policy: {reasons}")
-        else:
-            await self._log.append(unload_entry(name, version))
+        self._refused[name, version] = f"denied by policy: {reasons}"
+        await self._out_of_force(name, version, f"denied by policy: {reasons}")
         _log.warning("model_denied", model=name, version=version, reasons=reasons)
         await self._record("model.load", "denied", name, version, package.sha256, answer=answer)
 
     async def _gone(self, name: str, version: str) -> None:
         self._refused.pop((name, version), None)
+        await self._out_of_force(name, version, "removed from the store")
+
+    async def _out_of_force(self, name: str, version: str, reason: str) -> None:
+        """Unload a package that is in force, or measure that one is not which only the log says is."""
         if (name, version) in self._in_force:
-            await self._unload(name, version, "removed from the store")
+            await self._unload(name, version, reason)
+        else:
+            await self._measure_unload(name, version)
 
     async def _unload(self, name: str, version: str, reason: str) -> None:
         force = self._in_force.pop((name, version))
@@ -262,8 +296,15 @@ class ModelKeeper:
         if package:
             package.close()
         _log.warning("model_unloaded", model=name, version=version, reason=reason)
-        await self._log.append(unload_entry(name, version))
+        await self._measure_unload(name, version)
         await self._record("model.unload", "ok", name, version, force.digest, error=reason)
+
+    async def _measure_unload(self, name: str, version: str) -> None:
+        """Measure that a package is out of force, where the log says that it is in force."""
+        async with self._log.locked() as now:
+            claimed = any(path.startswith(f"{name}/{version}/") for path in now.state.models)
+        if claimed:
+            await self._log.append(unload_entry(name, version))
 
     async def _record(
         self,

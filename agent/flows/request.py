@@ -5,7 +5,8 @@ The steps, in this order; none is left out for anyone, and whatever fails at a s
 1. identify: the TLS peer's certificate, or a bearer token, becomes a Principal.
 2. admit: the announced size; then the body is read, within its size, its time and its memory; the principal's rate and concurrency.
 3. decode: the body becomes tensors, within the wire format's limits.
-4. authorize: the policy decides on subject, action, resource, request and node. No answer is a deny.
+4. authorize: the policy decides on subject, action, resource, request and node. No answer is a deny. The limit that it names counts
+   besides the one of step 2.
 5. sanitize: the profile that the decision names, else the manifest's.
 6. infer: the session that was built from the measured bytes.
 7. egress: the output profile that the decision names, else the manifest's.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -30,6 +32,7 @@ from agent import clock
 from agent.errors import AuditError, PeerError, PolicyError, VerificationError
 from agent.flows.policy_data import PolicyData
 from agent.flows.recording import AuditClient
+from agent.flows.refusals import Refusals
 from agent.flows.running import Runner
 from agent.flows.sanitizing import sanitize_inputs
 from agent.guard.admission import Admission, check_batch, check_size
@@ -92,18 +95,31 @@ class Counters:
     EDGES = (100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 1_000_000)
 
     def __init__(self) -> None:
-        self.values: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
+        self._latency: dict[str, list[int]] = {}  # by stage: requests in each bucket, then the sum
+
+    @property
+    def values(self) -> dict[str, int]:
+        """All counters by key. Keys are made here, once a report, and not once a request."""
+        values = dict(self._counts)
+        for stage, buckets in self._latency.items():
+            for edge, count in zip((*self.EDGES, "+Inf", "sum"), buckets, strict=True):
+                if count:
+                    values[f"latency|le={edge}|stage={stage}"] = count
+        return values
 
     def count(self, key: str, by: int = 1) -> None:
         """Add to a counter."""
-        self.values[key] = self.values.get(key, 0) + by
+        self._counts[key] = self._counts.get(key, 0) + by
 
     def observe(self, latency_us: Mapping[str, int]) -> None:
         """Add a request's latency split to the histograms."""
         for stage, micros in latency_us.items():
-            edge = next((str(edge) for edge in self.EDGES if micros <= edge), "+Inf")
-            self.count(f"latency|le={edge}|stage={stage}")
-            self.count(f"latency|le=sum|stage={stage}", micros)
+            buckets = self._latency.get(stage)
+            if buckets is None:
+                buckets = self._latency[stage] = [0] * (len(self.EDGES) + 2)
+            buckets[bisect_left(self.EDGES, micros)] += 1
+            buckets[-1] += micros
 
 
 @dataclass(slots=True)
@@ -169,8 +185,9 @@ class RequestFlow:
     runner: Runner
     generator: np.random.Generator
     facts: NodeFacts
-    data: PolicyData = PolicyData()
-    earlier_data: PolicyData = PolicyData()
+    data: PolicyData = field(default_factory=PolicyData)
+    earlier_data: PolicyData = field(default_factory=PolicyData)
+    refusals: Refusals = field(default_factory=Refusals)
 
     async def infer(self, caller: Caller, model: str, version: str, wire: Wire) -> Answer:
         """Answer one request.
@@ -195,7 +212,7 @@ class RequestFlow:
         trace.principal = self._identify(caller)
         trace.stage("identity")
         # 2. admit
-        name = self.data.limit_for(trace.principal.id)
+        name = self.data.limit_for(trace.principal, model)
         limit = self.admission.limit(name)
         most = min(limit.max_bytes, self.max_body_bytes)
         check_size(wire.announced_bytes, most)
@@ -215,12 +232,17 @@ class RequestFlow:
             # 4. authorize
             asked = {"bytes": len(body), "batch": batch, "rate": rate}
             answer = await self._authorize(trace, loaded, asked)
+            decided = answer.decision.obligations.limit
+            if decided is not None and decided != name:
+                self.admission.narrow(trace.principal.id, decided, now)
             trace.stage("policy")
             # 5. sanitize
             data = self._data_of(answer)
             profile = data.sanitizer(answer.decision.obligations.sanitize, loaded.manifest)
             trace.sanitizer = profile.name
-            inputs = sanitize_inputs(profile, loaded.manifest, request.inputs, self.generator, trace.latency_us)
+            inputs = sanitize_inputs(
+                profile, loaded.manifest, request.inputs, generator=self.generator, latency_us=trace.latency_us
+            )
             trace.stage("sanitize")
             # 6. infer
             outputs = await self.runner.run(loaded, inputs)
@@ -246,7 +268,7 @@ class RequestFlow:
             trace.principal = self._identify(caller)
             now = clock.monotonic_us()
             rate = self.admission.observe(trace.principal.id, now)
-            with await self.admission.enter(trace.principal.id, self.data.limit_for(trace.principal.id), now):
+            with await self.admission.enter(trace.principal.id, self.data.limit_for(trace.principal), now):
                 loaded = self._find(trace, model, version) if model else None
                 if loaded:
                     await self._authorize(trace, loaded, {"rate": rate})
@@ -260,9 +282,15 @@ class RequestFlow:
             raise refusal from error
         return loaded
 
-    async def refuse(self, caller: Caller, error: PeerError) -> PeerError:
-        """Record a call that nobody may make, with who made it where that is known; returns what to answer."""
-        trace = _Trace("open", caller.source_ip)
+    async def refuse(self, caller: Caller, call: str, error: PeerError) -> PeerError:
+        """Record a call that nobody may make, with who made it where that is known; returns what to answer.
+
+        Args:
+            caller: who.
+            call: method and path, in ASCII.
+            error: what to answer a caller that is known.
+        """
+        trace = _Trace(call, caller.source_ip)
         try:
             trace.principal = self._identify(caller)
         except PeerError as unknown:
@@ -348,10 +376,20 @@ class RequestFlow:
         failure = trace.answer.error if trace.answer and trace.answer.error else ""
         words = cause or failure or (str(error) if not denied else "")
         self.counters.count(f"refusals_total|reason={error.reason}")
+        if not denied and not self.refusals.has_record(trace.principal.id, error.reason, clock.monotonic_us()):
+            return
+        outcome: Literal["denied", "refused"] = "denied" if denied else "refused"
+        await self._note(trace.event("refusal", outcome, error=words, detail={"reason": error.reason}))
+
+    async def note_refusals(self) -> None:
+        """Record what was only counted since the last call; to be called once a second and at the end."""
+        summary = self.refusals.summary()
+        if summary is not None:
+            await self._note(summary)
+
+    async def _note(self, refusal: AuditEvent) -> None:
         try:
-            waiting = self.audit.append(
-                trace.event("refusal", "denied" if denied else "refused", error=words, detail={"reason": error.reason})
-            )
+            waiting = self.audit.append(refusal)
             if waiting is not None:
                 await waiting
         except AuditError:

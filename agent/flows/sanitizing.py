@@ -25,6 +25,7 @@ def sanitize_inputs(
     profile: Profile,
     manifest: ModelManifest,
     inputs: Mapping[str, Tensor],
+    *,
     generator: np.random.Generator,
     latency_us: dict[str, int],
 ) -> dict[str, Tensor]:
@@ -40,7 +41,7 @@ def sanitize_inputs(
     for name, tensor in inputs.items():
         where = f"inputs[{name}]"
         if image is not None and name == image.input:
-            sanitized[name] = _pictures(profile, image, manifest, tensor, generator, latency_us)
+            sanitized[name] = _pictures(profile, image, manifest, tensor, generator=generator, latency_us=latency_us)
             continue
         limits = ranges.get(name)
         done = profile.tensor(tensor, where, (limits.low, limits.high) if limits else (None, None))
@@ -54,6 +55,7 @@ def _pictures(
     image: ImageModality,
     manifest: ModelManifest,
     tensor: Tensor,
+    *,
     generator: np.random.Generator,
     latency_us: dict[str, int],
 ) -> Tensor:

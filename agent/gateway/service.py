@@ -17,8 +17,6 @@ import ssl
 from collections.abc import Coroutine
 from typing import Any, Final
 
-from aiohttp import web
-
 from agent import messages
 from agent.errors import IsolationError, PolicyError, VerificationError
 from agent.flows.loading import load_model
@@ -69,7 +67,9 @@ class Gateway:
         self._start = start
         self._context = context
         self._registry = Registry()
-        self._parts: dict[tuple[str, str], dict[str, int]] = {}
+        self._parts: dict[int, dict[str, int]] = {}
+        self._newest: dict[tuple[str, str], int] = {}  # hand-over that may answer for a name and version
+        self._loading = asyncio.Lock()
         self._loads: set[asyncio.Task[None]] = set()
         self._drained = asyncio.Event()
         self._server: asyncio.Server | None = None
@@ -123,6 +123,12 @@ class Gateway:
         if hot is not None:
             self._audit.acknowledged(hot[0], hot[1].decode(errors="replace"))
             return
+        try:
+            self._obey(frame)
+        except (IsolationError, ValueError) as error:  # ValueError: another number of descriptors than the message says
+            self._fail(error)
+
+    def _obey(self, frame: Frame) -> None:
         match messages.decode_agent_message(frame.data):
             case messages.WorkerEndpoint() as worker:
                 sock_fd, shm_fd = frame.fds
@@ -134,8 +140,8 @@ class Gateway:
             case messages.LoadModel() as load:
                 self._take_model_part(load, frame.fds)
             case messages.UnloadModel(name=name, version=version):
+                self._newest.pop((name, version), None)
                 self._registry.remove(name, version)
-                self._report(messages.ModelReport(name, version, loaded=False))
             case messages.NodeFacts() as facts:
                 self._flow.facts = facts
             case messages.Serve():
@@ -155,32 +161,42 @@ class Gateway:
             raise IsolationError(f"policy data: {error}") from error
 
     def _take_model_part(self, load: messages.LoadModel, fds: tuple[int, ...]) -> None:
-        parts = self._parts.setdefault((load.name, load.version), {})
+        parts = self._parts.setdefault(load.number, {})
         parts.update(zip(load.files, fds, strict=True))
+        self._newest[load.name, load.version] = load.number
         self._registry.expect(load.name, load.version)
         if load.last:
-            del self._parts[load.name, load.version]
+            del self._parts[load.number]
             self._spawn(self._load(load, parts))
 
     async def _load(self, load: messages.LoadModel, files: dict[str, int]) -> None:
         error = ""
         try:
-            # A session takes long to build; requests to other models go on meanwhile.
-            model: LoadedModel = await asyncio.to_thread(
-                load_model, files, digest=load.digest, signer=load.signer, threads=self._start.threads
-            )
-            self._registry.add(model)
+            # A session takes long to build; requests go on meanwhile. One at a time: msgspec crashes where two threads are the first to
+            # convert to a type.
+            async with self._loading:
+                model: LoadedModel = await asyncio.to_thread(
+                    load_model, files, digest=load.digest, signer=load.signer, threads=self._start.threads
+                )
+            if self._is_newest(load):
+                self._registry.add(model)
+            else:
+                error = "another was handed over in its place, or it was taken away"
         except (VerificationError, IsolationError) as failure:
             error = str(failure)
-            self._registry.fail(load.name, load.version, error)
+            if self._is_newest(load):
+                self._registry.fail(load.name, load.version, error)
         finally:
             for fd in files.values():
                 os.close(fd)
-        self._report(messages.ModelReport(load.name, load.version, loaded=not error, error=error))
+        self._report(messages.ModelReport(load.number, error))
+
+    def _is_newest(self, load: messages.LoadModel) -> bool:
+        return self._newest.get((load.name, load.version)) == load.number
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
-        self._listener.setblocking(False)  # noqa: FBT003 -- the socket's own signature
+        self._listener.setblocking(False)
         self._server = await loop.create_server(
             self._front,
             sock=self._listener,
@@ -198,6 +214,7 @@ class Gateway:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._routes.idle.wait(), timeout_s)
         await self._front.shutdown(timeout=1.0)
+        await self._flow.note_refusals()
         self._report(messages.Drained())
         await asyncio.sleep(0)
         self._drained.set()
@@ -205,9 +222,11 @@ class Gateway:
     async def _report_regularly(self) -> None:
         sent: dict[str, int] | None = None
         while True:
-            if sent != self._counters.values:
-                sent = dict(self._counters.values)
+            counters = self._counters.values
+            if sent != counters:
+                sent = counters
                 self._report(messages.Statistics(sent, self._front.open_connections, self._routes.in_work))
+            await self._flow.note_refusals()
             await asyncio.sleep(REPORT_INTERVAL_S)
 
     def _report(self, message: messages.GatewayMessage) -> None:
@@ -217,6 +236,7 @@ class Gateway:
 
     def _refused(self, reason: str, _: str) -> None:
         self._counters.count(f"refusals_total|reason={reason}")
+        self._flow.refusals.count(reason)
 
     def _agent_gone(self) -> None:
         self._audit.close()
@@ -230,5 +250,9 @@ class Gateway:
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._loads.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._report(messages.Fatal(f"{type(error).__name__}: {error}"))
-            self._drained.set()
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Say why, and end."""
+        self._report(messages.Fatal(f"{type(error).__name__}: {error}"))
+        self._drained.set()

@@ -47,8 +47,8 @@ class BodyBudget:
             yield
         finally:
             self._promised -= size
-            left = self._by_principal[principal_id] - size
-            if left:
+            left = self._by_principal.get(principal_id, 0) - size
+            if left > 0:
                 self._by_principal[principal_id] = left
             else:
-                del self._by_principal[principal_id]
+                self._by_principal.pop(principal_id, None)

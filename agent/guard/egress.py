@@ -27,7 +27,8 @@ from agent.errors import PolicyError
 __all__ = ["MAX_DECIMALS", "MAX_TOP_K", "OutputProfile", "compile_output", "compile_outputs"]
 
 MAX_TOP_K = 1000
-MAX_DECIMALS = 12
+MAX_DECIMALS = 15
+_EXACT = 2.0**53  # up to here a double holds every integer
 
 Tensor: TypeAlias = npt.NDArray[Any]
 
@@ -67,8 +68,12 @@ class OutputProfile:
     def _rounded(self, tensor: Tensor) -> Tensor:
         if self.decimals is None or tensor.dtype.kind != "f":
             return tensor
-        # In double precision, so that the nearest short decimal is found; then back to the output's own type.
-        return np.round(tensor.astype(np.float64), self.decimals).astype(tensor.dtype)
+        # In double precision, so that the nearest short decimal is found; then back to the output's own type. A value past
+        # the last decimal that the precision holds has nothing to round, and would overflow on the way.
+        values = tensor.astype(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            rounded = np.round(values, self.decimals)
+        return np.where(np.abs(values) < _EXACT / 10**self.decimals, rounded, values).astype(tensor.dtype)
 
     def _best(self, tensor: Tensor, count: int, labels: Sequence[str] | None) -> Tensor:
         order = np.argsort(-tensor, axis=-1, kind="stable")[..., :count]

@@ -34,7 +34,7 @@ from agent.guard.images import Pixels
 
 __all__ = ["MAX_STEPS", "PixelScale", "Profile", "Sanitized", "compile_profile", "compile_profiles", "new_generator"]
 
-MAX_STEPS = 8
+MAX_STEPS = 16
 MAX_SIDE = 8192  # pixels of a picture sent as a tensor; JPEG itself ends at 65,535
 
 Tensor: TypeAlias = npt.NDArray[Any]
@@ -295,15 +295,14 @@ def _clamp(options: Mapping[str, Any], where: str) -> _TensorStep:
 def _clip(tensor: Tensor, low: float | None, high: float | None) -> Tensor:
     if tensor.dtype.kind == "b" or (low is None and high is None):
         return tensor
-    limits: np.finfo[Any] | np.iinfo[Any]
+    # In Python's numbers: a bound beyond what the type can hold bounds nothing, and in the type itself it would overflow.
     if tensor.dtype.kind == "f":
-        limits = np.finfo(tensor.dtype)
+        type_low, type_high = float(np.finfo(tensor.dtype).min), float(np.finfo(tensor.dtype).max)
         rounded = low, high
     else:
-        limits = np.iinfo(tensor.dtype)
+        type_low, type_high = np.iinfo(tensor.dtype).min, np.iinfo(tensor.dtype).max
         rounded = None if low is None else math.ceil(low), None if high is None else math.floor(high)
-    # A bound beyond what the type can hold bounds nothing; in the type itself it would overflow.
-    least, greatest = (None if bound is None else min(max(bound, limits.min), limits.max) for bound in rounded)
+    least, greatest = (None if bound is None else min(max(bound, type_low), type_high) for bound in rounded)
     return np.clip(tensor, least, greatest)
 
 

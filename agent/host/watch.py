@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -105,6 +106,9 @@ class StoreWatcher:
         Raises:
             HostError: the store can't be watched or read.
         """
+        # watchdog warns when the kernel announces a directory that it has just found by itself; harmless, and as an error it would
+        # end watchdog's thread.
+        warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
         loop = asyncio.get_running_loop()
         observer = Observer()
         try:

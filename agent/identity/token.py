@@ -26,6 +26,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+# The library imports this at the first verification, which in a sandbox is too late.
+import cryptography.hazmat.backends.openssl.backend  # noqa: F401 -- imported for that effect
 import jiter
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec

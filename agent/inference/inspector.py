@@ -14,7 +14,7 @@ from agent.errors import EdgeWardenError, VerificationError
 from agent.inference.gate import check_model
 from agent.inference.handover import IncomingFiles
 from agent.inference.inspection import InspectionReport, Refusal
-from agent.inference.manifest import MANIFEST_FILE, ModelManifest, Range, TensorModality, parse_manifest
+from agent.inference.manifest import MANIFEST_FILE, ModelManifest, Range, TensorModality, parse_labels, parse_manifest
 from agent.inference.package import MODEL_FILE
 from agent.inference.session import Session
 from agent.inference.tensors import DATATYPES, Tensor
@@ -57,7 +57,7 @@ def inspect_files(fds: Mapping[str, int]) -> InspectionReport:
     """Inspect a package, given a sealed descriptor for each file. Synchronous and without any other I/O.
 
     Raises:
-        VerificationError: a check of the manifest or the gate, ``missing-file``, ``model-load``, ``model-io``,
+        VerificationError: a check of the manifest or the gate, ``labels``, ``missing-file``, ``model-load``, ``model-io``,
             ``model-output``.
         PeerError: the trial run fails.
     """
@@ -65,10 +65,12 @@ def inspect_files(fds: Mapping[str, int]) -> InspectionReport:
         if required not in fds:
             raise VerificationError("missing-file", f"the package has no {required}")
     files = {path: map_sealed(fd) for path, fd in fds.items()}
-    # 1. The manifest, and that its label file is there.
+    # 1. The manifest, and its label file.
     manifest = parse_manifest(bytes(files[MANIFEST_FILE]))
-    if manifest.labels is not None and manifest.labels not in files:
-        raise VerificationError("missing-file", f"the package has no {manifest.labels}")
+    if manifest.labels is not None:
+        if manifest.labels not in files:
+            raise VerificationError("missing-file", f"the package has no {manifest.labels}")
+        parse_labels(bytes(files[manifest.labels]))
     # 2. The gate; external data may lie in any other file.
     model = bytes(files[MODEL_FILE])
     data_files = {path: content for path, content in files.items() if path not in {MODEL_FILE, MANIFEST_FILE}}

@@ -35,6 +35,7 @@ from agent.records import canonical
 
 __all__ = [
     "MAX_BUNDLE_BYTES",
+    "FileDigestError",
     "Signer",
     "TrustStore",
     "load_signing_key",
@@ -49,6 +50,18 @@ _MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 _PREDICATE_TYPE = "https://model_signing/signature/v1.0"
+
+
+class FileDigestError(VerificationError):
+    """A trusted signer signed other bytes: check ``file-digest``.
+
+    Attributes:
+        paths: every file whose digest is not the signed one.
+    """
+
+    def __init__(self, message: str, paths: tuple[str, ...]) -> None:
+        super().__init__("file-digest", message)
+        self.paths = paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,9 +317,10 @@ def _check_files(listed: Mapping[str, str], present: Mapping[str, str]) -> None:
         raise VerificationError("unlisted-file", f"{path} is in the package but not in its signature")
     for path in sorted(listed.keys() - present.keys()):
         raise VerificationError("missing-file", f"{path[:255]!r} is in the signature but not in the package")
-    for path, digest in sorted(present.items()):
-        if listed[path] != digest:
-            raise VerificationError("file-digest", f"{path} has SHA-256 {digest}, signed was {listed[path][:64]}")
+    wrong = tuple(path for path, digest in sorted(present.items()) if listed[path] != digest)
+    if wrong:
+        path = wrong[0]
+        raise FileDigestError(f"{path} has SHA-256 {present[path]}, signed was {listed[path][:64]}", wrong)
 
 
 def _spki_sha256(key: ec.EllipticCurvePublicKey) -> str:

@@ -96,7 +96,7 @@ class Attester:
         return attest, self.sign(attest)
 
     def sign(self, attest: bytes) -> bytes:
-        r, s = decode_dss_signature(self.key.sign(attest, ec.ECDSA(hashes.SHA256())))
+        r, s = decode_dss_signature(self.key.sign(attest, ec.ECDSA(hashes.SHA256(), deterministic_signing=True)))
         return struct.pack(">HH", *self.scheme) + _sized(r.to_bytes(32)) + _sized(s.to_bytes(32))
 
     def evidence(

@@ -8,12 +8,15 @@ import os
 import sys
 from pathlib import Path
 
-from agent.audit.log import AuditLog
-from tests.support.audit import SMALL, event
+from agent.audit.log import AuditLog, Space
+from tests.support.audit import event
+
+# Small segments, so that kills meet rotations, and room for every record that the fastest machine writes in that time.
+SPACE = Space(segment_bytes=256 * 1024, budget_bytes=4 * 1024**3, ballast_bytes=512 * 1024)
 
 
 async def _append_for_ever(directory: Path, generation: int) -> None:
-    log = await AuditLog.open(directory, "node-1", space=SMALL)
+    log = await AuditLog.open(directory, "node-1", space=SPACE)
 
     async def producer(lane: int) -> None:
         for n in range(10**6):

@@ -35,7 +35,7 @@ __all__ = [
     "write_tiny",
 ]
 
-EPOCH = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+EPOCH = dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
@@ -176,7 +176,7 @@ class CertificateMaker:
         usages: tuple[x509.ObjectIdentifier, ...] = (ExtendedKeyUsageOID.CODE_SIGNING,),
         key_usage: x509.KeyUsage | None = None,
         start: dt.datetime = EPOCH,
-        days: int = 365 * 20,
+        days: int = 365 * 50,
         key: Any = None,
         basic_constraints: bool = True,
     ) -> "CertificateMaker":

@@ -242,6 +242,7 @@ _X = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
         ({"inputs": [{**_X, "shape": [2, 2], "data": [[1, 2], 3]}]}, "inputs[0].data"),
         ({"inputs": [{**_X, "shape": [2, 2], "data": [[1, 2], [3]]}]}, "inputs[0].data"),
         ({"inputs": [{**_X, "shape": [2, 2], "data": [[1, 2, 3, 4]]}]}, "inputs[0].data"),
+        ({"inputs": [{**_X, "shape": [2, 2], "data": [[1], [2, 3, 4]]}]}, "inputs[0].data"),
         ({"inputs": [{**_X, "shape": [1, 2, 1], "data": [[1, 2]]}]}, "inputs[0].data"),
         ({"inputs": [{**_X, "shape": [1, 1], "data": [[{}]]}]}, "inputs[0].data"),
     ],
@@ -351,6 +352,13 @@ def test_binary_parts_follow_in_the_order_of_the_inputs():
 def test_binary_sizes_must_be_exact(sizes, tail):
     """Too short, too long, left over or of another type: 400."""
     assert _refusal(*_binary_request(*sizes, tail=tail)).status == 400
+
+
+def test_true_is_no_binary_size():
+    """A boolean is not taken for the number one, though Python counts it as one."""
+    x = {"name": "x", "shape": [1], "datatype": "UINT8", "parameters": {"binary_data_size": True}}
+    header = json.dumps({"inputs": [x]}).encode()
+    assert "binary_data_size" in str(_refusal(header + b"\1", len(header)))
 
 
 @pytest.mark.parametrize("length", [0, -1, 10_000])

@@ -198,6 +198,24 @@ async def test_a_client_that_goes_away_gives_its_place_on():
     assert not any(principal.in_house for principal in admission._known.values())
 
 
+async def test_room_is_made_where_a_client_has_just_gone_away():
+    """A request that was cancelled a moment ago gives its waiting place up without a refusal."""
+    admission = _admission(running=1, waiting=3)
+    running = await admission.enter("flood", "standard", 0)
+    flood = [asyncio.ensure_future(admission.enter("flood", "standard", 0)) for _ in range(3)]
+    await _settle()
+    quiet = asyncio.ensure_future(admission.enter("quiet", "standard", 0))
+    flood[2].cancel()  # it will run after the other has come
+    await _settle()
+    assert [task.done() for task in (*flood, quiet)] == [False, False, True, False]
+    with running:
+        pass
+    for task in (flood[0], quiet, flood[1]):
+        with await task:
+            pass
+    assert (admission._running, admission._waiting, len(admission._turns)) == (0, 0, 0)
+
+
 async def test_a_place_is_free_again_after_an_error():
     """An exception inside the block leaves the place."""
     admission = _admission(running=1)

@@ -32,14 +32,14 @@ def test_rounding_keeps_names_shapes_and_types():
     assert rounded["n"] is outputs["n"]
 
 
-@given(hnp.arrays(st.sampled_from([np.float16, np.float32, np.float64]), st.integers(0, 5)), st.integers(0, 12))
+@given(hnp.arrays(st.sampled_from([np.float16, np.float32, np.float64]), st.integers(0, 5)), st.integers(0, 15))
 def test_rounding_never_leaves_the_type_and_is_near(tensor, decimals):
     """No value moves by more than half a unit of the last place kept, or of its own precision."""
     rounded = _apply({"decimals": decimals}, {"y": tensor})["y"]
     assert (rounded.dtype, rounded.shape) == (tensor.dtype, tensor.shape)
     for before, after in zip(tensor.tolist(), rounded.tolist(), strict=True):
         if np.isfinite(before):
-            assert abs(after - before) <= 0.5 * 10.0**-decimals + 2 * np.spacing(tensor.dtype.type(abs(before)))
+            assert abs(after - before) <= 0.5 * 10.0**-decimals + 2 * abs(before) * float(np.finfo(tensor.dtype).eps)
         else:
             assert repr(after) == repr(before)
 
@@ -103,7 +103,7 @@ def test_the_best_are_the_best(scores, count):
         {"top_k": None},
         {"top_k": 1.0},
         {"decimals": -1},
-        {"decimals": 13},
+        {"decimals": 16},
         {"decimals": "2"},
         {"labels_only": 1},
     ],

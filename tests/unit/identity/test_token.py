@@ -272,6 +272,15 @@ def test_no_error_shows_the_token(caplog):
     assert secret not in caplog.text
 
 
+def test_parts_that_cannot_be_decoded_are_malformed():
+    """A header that is no base64 or no object, and a payload or signature of an impossible length."""
+    header, payload, signature = sign_token(_KEY, _CLAIMS).split(".")
+    for token in (f"a.{payload}.{signature}", f"{base64url(b'[]')}.{payload}.{signature}", f"{header}.a.{signature}"):
+        assert _reason(token) == "token_malformed"
+    assert _reason(f"{header}.{payload}.a") == "token_malformed"
+    assert _reason(_forge({"alg": "ES256", "kid": "k1"}, b"[]", _es256)) == "token_claims"
+
+
 @given(st.binary(max_size=64), st.binary(max_size=200), st.binary(max_size=80))
 def test_arbitrary_parts_are_refused(head, body, signature):
     """Whatever stands in the three parts, only PeerError comes out."""

@@ -11,6 +11,7 @@ from agent.errors import IsolationError, PeerError, VerificationError
 from agent.inference.handover import FILES_A_FRAME, IncomingFiles, handover_frames
 from agent.inference.inspection import MAX_REPORT_BYTES, _Answer
 from agent.inference.inspector import inspect_files
+from agent.inference.manifest import MAX_LABELS_BYTES
 from agent.inference.package import read_package
 from agent.isolation.channel import Frame
 from agent.isolation.memfd import seal_bytes
@@ -48,6 +49,14 @@ def test_a_file_that_is_not_there_is_missed(tmp_path, name):
     directory = write_orientation(tmp_path / "1")
     (directory / name).unlink()
     assert _refusal(directory) == "missing-file"
+
+
+@pytest.mark.parametrize("labels", [b"\xff", b"x" * (MAX_LABELS_BYTES + 1)])
+def test_label_files_have_limits(tmp_path, labels):
+    """Labels are UTF-8 text of limited size."""
+    directory = write_tiny(tmp_path / "1", labels="labels.txt")
+    (directory / "labels.txt").write_bytes(labels)
+    assert _refusal(directory) == "labels"
 
 
 def test_the_trial_keeps_to_the_manifests_ranges(tmp_path):
