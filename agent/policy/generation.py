@@ -11,7 +11,6 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import os
 from collections.abc import Sequence
@@ -210,10 +209,8 @@ class Generation:
         try:
             return await template.reply(self._load_s)
         except IsolationError as error:
-            with contextlib.suppress(TimeoutError):
-                status = await asyncio.wait_for(template.handle.wait(), 1)
-                raise PolicyError(f"the bundle cannot be loaded: {error} ({status})") from error
-            raise PolicyError(f"the bundle cannot be loaded: {error}") from error
+            template.close()
+            raise PolicyError(f"the bundle cannot be loaded: {error} ({await template.handle.wait()})") from error
 
     def _accept(self, report: Report) -> None:
         match report:
