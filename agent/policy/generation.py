@@ -61,8 +61,6 @@ class _Template:
             IsolationError: it died, does not answer, or talks nonsense; it is killed then.
         """
         try:
-            if self.channel.closed:
-                raise IsolationError(f"the policy template died: {await self.handle.wait()}")
             self._reply = asyncio.get_running_loop().create_future()
             return await asyncio.wait_for(self._reply, timeout_s)
         except TimeoutError as error:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +80,17 @@ def test_links_and_missing_folders_are_refused(folders) -> None:
         build(folders[0], folders[1] / "nowhere", "7")
     (folders[0] / "link.rego").symlink_to("/etc/hostname")
     with pytest.raises(VerificationError, match="symbolic link"):
+        build(folders[0], folders[1], "7")
+
+
+def test_a_file_that_cannot_be_read_is_named(folders, monkeypatch) -> None:
+    """A disk that fails is reported with the file's path."""
+
+    def fail(path: Path) -> bytes:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(ConfigError, match="Input/output"):
         build(folders[0], folders[1], "7")
 
 

@@ -115,6 +115,7 @@ import rego.v1
 decision := [local(1), a.b(2), lib.g(3), l.g(4), data.other.lib.g(5), data.edgewarden.authz.local(6), count([7])] if { print("x") }
 local(x) := x
 a.b(x) := x
+odd[1](x) := x
 default local(_) := 0
 """
     assert decide(engine(AUTHZ + code, "package other.lib\ng(x) := x")) == [1, 2, 3, 4, 5, 6, 1]
