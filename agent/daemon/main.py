@@ -18,9 +18,9 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Awaitable
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import structlog
 import uvloop
@@ -118,6 +118,7 @@ class _Agent:
         self._notifier = Notifier(environment.notify_socket)
         self._watchdog_s = (environment.watchdog_usec or 0) / 2e6 or HEALTH_CHECK_S
         self._stop = asyncio.Event()
+        self._running: set[asyncio.Task[object]] = set()
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -141,19 +142,22 @@ class _Agent:
 
     async def _live(self, stack: contextlib.AsyncExitStack, audit: AuditLog) -> None:
         node = await self._build(stack, audit)
-        async with asyncio.TaskGroup() as tasks:
-            running = [
-                tasks.create_task(self._zygote.run()),
-                tasks.create_task(node.pool.run()),
-                tasks.create_task(audit.run()),
-            ]
+        async with asyncio.TaskGroup() as self._tasks:
+            for service in (self._zygote.run(), node.pool.run(), audit.run()):
+                self._run(service)
             try:
-                await self._bring_up(node, stack, tasks, running)
-                await self._stop.wait()
+                self._run(self._bring_up(node, stack))
+                await self._stop.wait()  # counts during a start that does not come to its end, too
                 await self._shut_down(node)
             finally:
-                for task in running:
+                for task in self._running:
                     task.cancel()
+
+    def _run(self, work: Coroutine[Any, Any, object]) -> None:
+        """Run work until the end of the process: its failure is the process's."""
+        task = self._tasks.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
 
     async def _build(self, stack: contextlib.AsyncExitStack, audit: AuditLog) -> Node:
         """Open everything that needs no other; what was opened is closed in the reverse order."""
@@ -225,9 +229,7 @@ class _Agent:
         )
         return node
 
-    async def _bring_up(
-        self, node: Node, stack: contextlib.AsyncExitStack, tasks: asyncio.TaskGroup, running: list[asyncio.Task[None]]
-    ) -> None:
+    async def _bring_up(self, node: Node, stack: contextlib.AsyncExitStack) -> None:
         settings = self._settings
         await node.record(AuditEvent(kind="node.start", time_us=clock.now_us(), outcome="ok", principal="edgewarden"))
         # The operator can ask for the reason while the rest is still on its way.
@@ -239,18 +241,18 @@ class _Agent:
         store = Path(settings.models.store)
         make_directory("models.store", store)
         # Before the packages are read, so that no change is missed in between.
-        watcher = StoreWatcher(store, lambda name, version: self._look_again(node, tasks, name, version))
+        watcher = StoreWatcher(store, lambda name, version: self._look_again(node, name, version))
         await node.models.scan()
-        running.append(tasks.create_task(node.dataplane.run()))
+        self._run(node.dataplane.run())
         await node.dataplane.wait_ready()
         await self._serve(stack, admin_application(node), self._listeners.admin_unix)
         if settings.control and self._listeners.control:
             context, spki = _control_tls(settings.control)
             await self._serve(stack, evidence_application(node, spki), self._listeners.control, context)
-        running.append(tasks.create_task(watcher.run()))
-        running.append(tasks.create_task(self._check_tpm(node)))
-        running.append(tasks.create_task(self._retry_models(node)))
-        running.append(tasks.create_task(self._keep_alive(node)))
+        self._run(watcher.run())
+        self._run(self._check_tpm(node))
+        self._run(self._retry_models(node))
+        self._run(self._keep_alive(node))
         host, port = self._listeners.inference.getsockname()[:2]
         self._notifier.ready()
         self._notifier.status(f"serving on {host}:{port}")
@@ -268,9 +270,9 @@ class _Agent:
         stack.push_async_callback(runner.cleanup)
         await web.SockSite(runner, sock, ssl_context=context).start()
 
-    def _look_again(self, node: Node, tasks: asyncio.TaskGroup, name: str, version: str) -> None:
+    def _look_again(self, node: Node, name: str, version: str) -> None:
         if not self._stop.is_set():
-            tasks.create_task(_logged(node.models.changed(name, version), model=name, version=version))
+            self._run(_logged(node.models.changed(name, version), model=name, version=version))
 
     async def _check_tpm(self, node: Node) -> None:
         """Keep the fact ``attested``: the TPM answers and still holds what the log says."""
@@ -322,7 +324,7 @@ async def _record_failure(audit: AuditLog, error: str) -> None:
         await audit.append(failure)
 
 
-async def _logged(work: Awaitable[None], **fields: str) -> bool:
+async def _logged(work: Coroutine[Any, Any, None], **fields: str) -> bool:
     """Run work whose failure is the host's, not ours: what it would have changed stays out of service. False: it failed."""
     try:
         await work

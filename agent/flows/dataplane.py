@@ -161,6 +161,7 @@ class Dataplane:
         if self._draining:
             await asyncio.Event().wait()
         child = await self._zygote.spawn(self._spec)
+        self._drained.clear()
         channel = AsyncChannel(child.sock, self._frame, lambda: self._lost(child))
         self._child, self._channel = child, channel
         if self._policy_data:

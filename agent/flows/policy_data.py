@@ -17,13 +17,47 @@ from agent.guard.admission import Limit, compile_limits
 from agent.guard.egress import OutputProfile, compile_outputs
 from agent.guard.sanitize import Profile, compile_profiles
 from agent.inference.manifest import ModelManifest
+from agent.records import Principal
 
 __all__ = ["AREAS", "PolicyData"]
 
-AREAS: Final = ("limits", "sanitizers", "outputs", "node")
+AREAS: Final = ("limits", "models", "sanitizers", "outputs", "node")
 IMAGE_DEFAULT: Final = "image-default"
 TENSOR_DEFAULT: Final = "tensor-default"
 FULL_OUTPUT: Final = "full"
+
+
+class _Limits(msgspec.Struct, frozen=True):
+    limits: dict[str, Any]
+    default: str
+    subjects: dict[str, dict[str, str]] = {}
+    roles: dict[str, str] = {}
+
+
+class _Model(msgspec.Struct, frozen=True):
+    limit: str | None = None
+
+
+class _Models(msgspec.Struct, frozen=True):
+    models: dict[str, _Model] = {}
+
+
+class _Profiles(msgspec.Struct, frozen=True):
+    profiles: dict[str, Any]
+
+
+class _Node(msgspec.Struct, frozen=True):
+    explain_denials: bool = False
+
+
+class _Document(msgspec.Struct, frozen=True):
+    """The areas, as far as they are read here; what else they hold is for Rego."""
+
+    limits: _Limits
+    models: _Models
+    sanitizers: _Profiles
+    outputs: _Profiles
+    node: _Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +67,8 @@ class PolicyData:
     policy_sha256: str = ""
     limits: Mapping[str, Limit] = field(default_factory=dict)
     default_limit: str = ""
-    subject_limits: Mapping[str, str] = field(default_factory=dict)
+    subject_limits: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by kind and id
+    model_limits: Mapping[str, str] = field(default_factory=dict)
     sanitizers: Mapping[str, Profile] = field(default_factory=dict)
     outputs: Mapping[str, OutputProfile] = field(default_factory=dict)
     explain_denials: bool = False
@@ -46,24 +81,35 @@ class PolicyData:
             PolicyError: an area is missing or malformed.
         """
         try:
-            data: dict[str, Any] = msgspec.json.decode(document, type=dict[str, dict[str, Any]])
-            limits = compile_limits(data["limits"]["limits"])
-            default, subjects = data["limits"]["default"], data["limits"].get("subjects", {})
-            sanitizers = compile_profiles(data["sanitizers"]["profiles"])
-            outputs = compile_outputs(data["outputs"]["profiles"])
-            explain = data.get("node", {}).get("explain_denials", False)
-        except (msgspec.DecodeError, KeyError, AttributeError) as error:
-            raise PolicyError(f"policy data: {error} is missing or malformed") from error
-        for name in (default, *subjects.values()):
+            data = msgspec.json.decode(document, type=_Document)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise PolicyError(f"policy data: {error}") from error
+        limits = compile_limits(data.limits.limits)
+        models = {name: model.limit for name, model in data.models.models.items() if model.limit is not None}
+        subjects = [name for of_kind in data.limits.subjects.values() for name in of_kind.values()]
+        for name in (data.limits.default, *data.limits.roles.values(), *subjects, *models.values()):
             if name not in limits:
-                raise PolicyError(f"policy data: limits: there is no limit {name!r}")
-        if not isinstance(explain, bool):
-            raise PolicyError("policy data: node.explain_denials must be a boolean")
-        return cls(policy_sha256, limits, default, subjects, sanitizers, outputs, explain)
+                raise PolicyError(f"policy data: there is no limit {name!r}")
+        general = (data.limits.default, *data.limits.roles.values())
+        return cls(
+            policy_sha256,
+            limits,
+            max(general, key=lambda name: limits[name].requests_per_second),
+            data.limits.subjects,
+            models,
+            compile_profiles(data.sanitizers.profiles),
+            compile_outputs(data.outputs.profiles),
+            data.node.explain_denials,
+        )
 
-    def limit_for(self, principal_id: str) -> str:
-        """Return the name of the limit that a principal is admitted by, before any decision."""
-        return self.subject_limits.get(principal_id, self.default_limit)
+    def limit_for(self, principal: Principal, model: str = "") -> str:
+        """Return the name of the limit that a request is admitted by, before any decision.
+
+        It is the subject's own, else the model's, else the most generous that a role may have: no narrower than what the decision
+        will name, which then counts besides.
+        """
+        own = self.subject_limits.get(principal.kind, {}).get(principal.id)
+        return own or self.model_limits.get(model) or self.default_limit
 
     def sanitizer(self, decided: str | None, manifest: ModelManifest) -> Profile:
         """Return the profile: the decision's, else the manifest's, else the default for its modality.

@@ -5,7 +5,8 @@ The steps, in this order; none is left out for anyone, and whatever fails at a s
 1. identify: the TLS peer's certificate, or a bearer token, becomes a Principal.
 2. admit: the announced size; then the body is read, within its size, its time and its memory; the principal's rate and concurrency.
 3. decode: the body becomes tensors, within the wire format's limits.
-4. authorize: the policy decides on subject, action, resource, request and node. No answer is a deny.
+4. authorize: the policy decides on subject, action, resource, request and node. No answer is a deny. The limit that it names counts
+   besides the one of step 2.
 5. sanitize: the profile that the decision names, else the manifest's.
 6. infer: the session that was built from the measured bytes.
 7. egress: the output profile that the decision names, else the manifest's.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -93,18 +95,31 @@ class Counters:
     EDGES = (100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 1_000_000)
 
     def __init__(self) -> None:
-        self.values: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
+        self._latency: dict[str, list[int]] = {}  # by stage: requests in each bucket, then the sum
+
+    @property
+    def values(self) -> dict[str, int]:
+        """All counters by key. Keys are made here, once a report, and not once a request."""
+        values = dict(self._counts)
+        for stage, buckets in self._latency.items():
+            for edge, count in zip((*self.EDGES, "+Inf", "sum"), buckets, strict=True):
+                if count:
+                    values[f"latency|le={edge}|stage={stage}"] = count
+        return values
 
     def count(self, key: str, by: int = 1) -> None:
         """Add to a counter."""
-        self.values[key] = self.values.get(key, 0) + by
+        self._counts[key] = self._counts.get(key, 0) + by
 
     def observe(self, latency_us: Mapping[str, int]) -> None:
         """Add a request's latency split to the histograms."""
         for stage, micros in latency_us.items():
-            edge = next((str(edge) for edge in self.EDGES if micros <= edge), "+Inf")
-            self.count(f"latency|le={edge}|stage={stage}")
-            self.count(f"latency|le=sum|stage={stage}", micros)
+            buckets = self._latency.get(stage)
+            if buckets is None:
+                buckets = self._latency[stage] = [0] * (len(self.EDGES) + 2)
+            buckets[bisect_left(self.EDGES, micros)] += 1
+            buckets[-1] += micros
 
 
 @dataclass(slots=True)
@@ -197,7 +212,7 @@ class RequestFlow:
         trace.principal = self._identify(caller)
         trace.stage("identity")
         # 2. admit
-        name = self.data.limit_for(trace.principal.id)
+        name = self.data.limit_for(trace.principal, model)
         limit = self.admission.limit(name)
         most = min(limit.max_bytes, self.max_body_bytes)
         check_size(wire.announced_bytes, most)
@@ -217,6 +232,9 @@ class RequestFlow:
             # 4. authorize
             asked = {"bytes": len(body), "batch": batch, "rate": rate}
             answer = await self._authorize(trace, loaded, asked)
+            decided = answer.decision.obligations.limit
+            if decided is not None and decided != name:
+                self.admission.narrow(trace.principal.id, decided, now)
             trace.stage("policy")
             # 5. sanitize
             data = self._data_of(answer)
@@ -250,7 +268,7 @@ class RequestFlow:
             trace.principal = self._identify(caller)
             now = clock.monotonic_us()
             rate = self.admission.observe(trace.principal.id, now)
-            with await self.admission.enter(trace.principal.id, self.data.limit_for(trace.principal.id), now):
+            with await self.admission.enter(trace.principal.id, self.data.limit_for(trace.principal), now):
                 loaded = self._find(trace, model, version) if model else None
                 if loaded:
                     await self._authorize(trace, loaded, {"rate": rate})
@@ -264,9 +282,15 @@ class RequestFlow:
             raise refusal from error
         return loaded
 
-    async def refuse(self, caller: Caller, error: PeerError) -> PeerError:
-        """Record a call that nobody may make, with who made it where that is known; returns what to answer."""
-        trace = _Trace("open", caller.source_ip)
+    async def refuse(self, caller: Caller, call: str, error: PeerError) -> PeerError:
+        """Record a call that nobody may make, with who made it where that is known; returns what to answer.
+
+        Args:
+            caller: who.
+            call: method and path, in ASCII.
+            error: what to answer a caller that is known.
+        """
+        trace = _Trace(call, caller.source_ip)
         try:
             trace.principal = self._identify(caller)
         except PeerError as unknown:

@@ -2,8 +2,9 @@
 
 Rules:
 
-1. Only what stands in :func:`_parse_path` exists; every other path is 404, every other method 405.
-2. What would change the server from the outside (shared memory, uploads, trace and log settings) is refused with 4xx and recorded.
+1. Only the paths of ``_MODEL``, ``_REFUSED`` and ``_SERVER_PATHS`` exist; every other path is 404, every other method 405.
+2. What would change the server from the outside (shared memory, uploads, trace and log settings) is refused with 4xx. Every refusal is
+   recorded, with who asked where that is known.
 3. A body with a content coding is 415: nothing is decompressed.
 4. Errors are ``{"error": "…"}``; an answer carries its decision id, the salt of its digests and its latency split in headers.
 """
@@ -30,14 +31,17 @@ __all__ = ["DECISION_HEADER", "SALT_HEADER", "Routes"]
 DECISION_HEADER: Final = "EdgeWarden-Decision-Id"
 SALT_HEADER: Final = "EdgeWarden-Salt"
 MAX_PATH_CHARS: Final = 512
+MAX_RECORDED_CALL_CHARS: Final = 200
 _MODEL = re.compile(
-    r"/v2/models/(?P<model>[A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:/versions/(?P<version>[A-Za-z0-9][A-Za-z0-9._-]{0,63}))?"
+    r"/v2/models/(?P<model>[A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:/versions/(?P<version>[A-Za-z0-9][A-Za-z0-9._+-]{0,63}))?"
     r"(?:/(?P<verb>infer|ready|generate|config|stats|trace/setting))?",
     re.ASCII,
 )
 _REFUSED = re.compile(
     r"/v2/(systemsharedmemory|cudasharedmemory|tpusharedmemory|repository|trace|logging)(/.*)?", re.ASCII
 )
+
+_SERVER_PATHS: Final = frozenset({"/v2", "/v2/", "/v2/health/live", "/v2/health/ready"})
 
 
 @dataclass(slots=True)
@@ -56,6 +60,9 @@ class _HttpWire:
         content = self.request.content
         if content.is_eof() and not content.total_bytes:
             return b""
+        if self.request.headers.get("Expect", "").lower() == "100-continue":
+            # The client waits for this word before it sends: whoever is refused before sends nothing.
+            await self.request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         # The whole body often came with the headers: then no timer is worth its cost.
         body = content.read_nowait() if self._complete() else await self._read_slowly(max_bytes)
         if len(body) > max_bytes:
@@ -125,8 +132,10 @@ class Routes:
         self.idle.clear()
         try:
             if self.in_work > self._max_concurrent:
-                raise PeerError(503, "busy", "too many requests are in work", retry_after_s=1.0)
-            response = await self._dispatch(request)
+                busy = PeerError(503, "busy", "too many requests are in work", retry_after_s=1.0)
+                response = await self._refuse(request, busy)
+            else:
+                response = await self._dispatch(request)
         except PeerError as error:
             response = _refusal(error)
         finally:
@@ -140,55 +149,57 @@ class Routes:
         return response
 
     async def _dispatch(self, request: web.BaseRequest) -> web.Response:
-        path = request.rel_url.raw_path if request.rel_url.raw_query_string == "" else request.path
+        path = request.rel_url.path
         match = _MODEL.fullmatch(path) if len(path) <= MAX_PATH_CHARS else None
-        if match and match["verb"] == "infer":
-            return await self._infer(request, match["model"], match["version"] or "")
-        if match:
-            return await self._model(request, match["model"], match["version"] or "", match["verb"])
-        return await self._server(request, path)
+        if match is None:
+            return await self._server(request, path)
+        model, version, verb = match["model"], match["version"] or "", match["verb"]
+        if verb == "infer":
+            return await self._infer(request, model, version)
+        if verb not in {None, "ready"}:
+            return await self._refuse(request, PeerError(403, "surface", "not served here"))
+        return await self._model(request, model, version, verb)
 
     async def _infer(self, request: web.BaseRequest, model: str, version: str) -> web.Response:
         if request.method != "POST":
-            raise PeerError(405, "method", "POST is the only method here")
+            return await self._refuse(request, _method("POST"))
         wire = _HttpWire(request, self._limits, self._body_timeout_s)
         answer = await self._flow.infer(_caller(request), model, version, wire)
         return web.Response(body=answer.body, headers=_headers(answer))
 
     async def _model(self, request: web.BaseRequest, model: str, version: str, verb: str | None) -> web.Response:
-        if verb not in {None, "ready"}:
-            return await self._refuse(request, "not served here")
         if request.method != "GET":
-            raise PeerError(405, "method", "GET is the only method here")
+            return await self._refuse(request, _method("GET"))
         loaded = await self._flow.metadata(_caller(request), model, version)
-        if verb == "ready":
+        if verb == "ready" or loaded is None:
             return web.Response(status=200)
-        if loaded is None:
-            raise PeerError(404, "unknown_model", "no such model")
         manifest = loaded.manifest
         versions = self._flow.registry.versions(manifest.name)
         return _json(oip.model_metadata(manifest.name, versions, manifest.inputs, manifest.outputs))
 
     async def _server(self, request: web.BaseRequest, path: str) -> web.Response:
         if _REFUSED.fullmatch(path):
-            return await self._refuse(
-                request, "shared memory, repository, trace and log settings can't be used from outside"
-            )
+            words = "shared memory, repository, trace and log settings can't be used from outside"
+            return await self._refuse(request, PeerError(403, "surface", words))
+        if path not in _SERVER_PATHS:
+            return await self._refuse(request, PeerError(404, "path", "no such path"))
         if request.method != "GET":
-            raise PeerError(405 if path.startswith("/v2") else 404, "method", "GET is the only method here")
-        match path:
-            case "/v2" | "/v2/":
-                await self._flow.metadata(_caller(request))
-                return _json(oip.server_metadata("edgewarden", __version__))
-            case "/v2/health/live":
-                return web.Response(status=200)
-            case "/v2/health/ready":
-                return web.Response(status=200 if self._flow.registry.ready and not self.draining else 503)
-            case _:
-                raise PeerError(404, "path", "no such path")
+            return await self._refuse(request, _method("GET"))
+        if path == "/v2/health/live":
+            return web.Response(status=200)
+        if path == "/v2/health/ready":
+            return web.Response(status=200 if self._flow.registry.ready and not self.draining else 503)
+        await self._flow.metadata(_caller(request))
+        return _json(oip.server_metadata("edgewarden", __version__))
 
-    async def _refuse(self, request: web.BaseRequest, words: str) -> web.Response:
-        return _refusal(await self._flow.refuse(_caller(request), PeerError(403, "surface", words)))
+    async def _refuse(self, request: web.BaseRequest, error: PeerError) -> web.Response:
+        """Answer, and record, what no flow looks at."""
+        call = ascii(f"{request.method} {request.rel_url.path}"[:MAX_RECORDED_CALL_CHARS])[1:-1]
+        return _refusal(await self._flow.refuse(_caller(request), call, error))
+
+
+def _method(allowed: str) -> PeerError:
+    return PeerError(405, "method", f"{allowed} is the only method here")
 
 
 def _caller(request: web.BaseRequest) -> Caller:

@@ -69,6 +69,7 @@ class Gateway:
         self._registry = Registry()
         self._parts: dict[int, dict[str, int]] = {}
         self._newest: dict[tuple[str, str], int] = {}  # hand-over that may answer for a name and version
+        self._loading = asyncio.Lock()
         self._loads: set[asyncio.Task[None]] = set()
         self._drained = asyncio.Event()
         self._server: asyncio.Server | None = None
@@ -122,6 +123,12 @@ class Gateway:
         if hot is not None:
             self._audit.acknowledged(hot[0], hot[1].decode(errors="replace"))
             return
+        try:
+            self._obey(frame)
+        except (IsolationError, ValueError) as error:  # ValueError: another number of descriptors than the message says
+            self._fail(error)
+
+    def _obey(self, frame: Frame) -> None:
         match messages.decode_agent_message(frame.data):
             case messages.WorkerEndpoint() as worker:
                 sock_fd, shm_fd = frame.fds
@@ -165,10 +172,12 @@ class Gateway:
     async def _load(self, load: messages.LoadModel, files: dict[str, int]) -> None:
         error = ""
         try:
-            # A session takes long to build; requests to other models go on meanwhile.
-            model: LoadedModel = await asyncio.to_thread(
-                load_model, files, digest=load.digest, signer=load.signer, threads=self._start.threads
-            )
+            # A session takes long to build; requests go on meanwhile. One at a time: msgspec crashes where two threads are the first to
+            # convert to a type.
+            async with self._loading:
+                model: LoadedModel = await asyncio.to_thread(
+                    load_model, files, digest=load.digest, signer=load.signer, threads=self._start.threads
+                )
             if self._is_newest(load):
                 self._registry.add(model)
             else:
@@ -213,8 +222,9 @@ class Gateway:
     async def _report_regularly(self) -> None:
         sent: dict[str, int] | None = None
         while True:
-            if sent != self._counters.values:
-                sent = dict(self._counters.values)
+            counters = self._counters.values
+            if sent != counters:
+                sent = counters
                 self._report(messages.Statistics(sent, self._front.open_connections, self._routes.in_work))
             await self._flow.note_refusals()
             await asyncio.sleep(REPORT_INTERVAL_S)
@@ -240,5 +250,9 @@ class Gateway:
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._loads.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._report(messages.Fatal(f"{type(error).__name__}: {error}"))
-            self._drained.set()
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Say why, and end."""
+        self._report(messages.Fatal(f"{type(error).__name__}: {error}"))
+        self._drained.set()

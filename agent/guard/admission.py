@@ -226,20 +226,8 @@ class Admission:
         """
         limit = self.limit(limit_name)
         principal = self._find(principal_id)
-        # 1. A place in the house comes first: what is refused for that costs no token.
-        if principal.in_house >= limit.concurrency:
-            raise PeerError(
-                429,
-                "concurrency",
-                f"more than {limit.concurrency} requests at once",
-                retry_after_s=_RETRY_CONCURRENCY_S,
-            )
-        # 2. The rate.
-        bucket = principal.buckets.setdefault(limit_name, Bucket())
-        wait_s = bucket.take(limit, now_us)
-        if wait_s:
-            message = f"more than {limit.requests_per_second:g} requests a second"
-            raise PeerError(429, "rate", message, retry_after_s=wait_s)
+        # 1. A place in the house comes first: what is refused for that costs no token. 2. The rate.
+        self._charge(principal, limit_name, limit, principal.in_house, now_us)
         # 3. A place to run, now or in turn.
         principal.in_house += 1
         if self._running < self._running_limit:
@@ -247,6 +235,29 @@ class Admission:
         else:
             await self._wait(principal)
         return Slot(self, principal)
+
+    def narrow(self, principal_id: str, limit_name: str, now_us: int) -> None:
+        """Hold a request that is in the house to a further limit: the one that the policy's decision names.
+
+        Raises:
+            PeerError: 429 with ``retry_after_s``.
+            PolicyError: no such limit.
+        """
+        principal = self._find(principal_id)
+        self._charge(principal, limit_name, self.limit(limit_name), principal.in_house - 1, now_us)
+
+    def _charge(self, principal: _Principal, limit_name: str, limit: Limit, others: int, now_us: int) -> None:
+        if others >= limit.concurrency:
+            raise PeerError(
+                429,
+                "concurrency",
+                f"more than {limit.concurrency} requests at once",
+                retry_after_s=_RETRY_CONCURRENCY_S,
+            )
+        wait_s = principal.buckets.setdefault(limit_name, Bucket()).take(limit, now_us)
+        if wait_s:
+            message = f"more than {limit.requests_per_second:g} requests a second"
+            raise PeerError(429, "rate", message, retry_after_s=wait_s)
 
     def _find(self, principal_id: str) -> _Principal:
         principal = self._known.get(principal_id)

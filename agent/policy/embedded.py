@@ -8,15 +8,17 @@ Rules:
    decision gets there. ``http.send`` counts as lacking, and raises should it be called all the same.
 3. Data that overlaps a package is refused: it would override the package's rules.
 4. Packages stand inside the manifest's roots.
-5. One ``clone()`` for each decision; an input that is not JSON aborts it; the answer is read from
-   ``eval_query_as_json``, where ``{}`` is undefined. Builtin errors are strict: the binding knows no other way. Its bytecode machine (RVM) is not used.
+5. One ``clone()`` for each decision, of an engine that has analysed its modules already; an input that is not JSON aborts it. The
+   answer is read from ``eval_rule_as_json``, where ``"<undefined>"`` is undefined (a query would analyse every module again), or, where the
+   decision is assembled from partial rules, from ``eval_query_as_json``, where ``{}`` is. Builtin errors are strict: the binding knows no
+   other way. Its bytecode machine (RVM) is not used.
 
 An evaluation may loop for ever, overflow the stack or take all memory: run this in a policy worker only.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Never
 
 import msgspec
@@ -31,6 +33,8 @@ __all__ = ["MAX_BRACKET_DEPTH", "EmbeddedEngine"]
 
 MAX_BRACKET_DEPTH = 10
 _MAX_ERROR_CHARS = 400
+_UNDEFINED = '"<undefined>"'
+_NO_RULE = "not a valid rule path"
 _WHERE = re.compile(r"--> (?P<file>[^\n]*):(?P<line>\d+):\d+\n.*?^error: (?P<text>.*)", re.DOTALL | re.MULTILINE)
 _LACKING = frozenset({"http.send"})
 _STATEMENTS = frozenset({"print"})  # not among the engine's builtins; its output is dropped
@@ -74,6 +78,7 @@ class EmbeddedEngine:
                 engine.add_policy(path, source)
             engine.add_data_json(json.dumps(bundle.data))
             modules = json.loads(engine.get_ast_as_json())
+            engine.eval_query_as_json("true")  # clones inherit the analysis that this makes
         except (RuntimeError, ValueError) as error:
             raise _explained("the bundle does not load", error) from error
         # 2. Nothing that the engine lacks.
@@ -90,9 +95,15 @@ class EmbeddedEngine:
             if not any(covers(root, name) for root in bundle.roots):
                 raise PolicyError(f"{path}: the package {name} is outside the roots {list(bundle.roots)}")
         self._engine = engine
+        self._is_rule = _is_rule(engine)
 
     def evaluate(self, input_json: bytes) -> bytes:
         """See :meth:`agent.policy.engine.Engine.evaluate`."""
+        if self._is_rule:
+            value = self._ask(regorus.Engine.eval_rule_as_json, DECISION_QUERY, input_json)
+            if value == _UNDEFINED:
+                raise undefined(DECISION_QUERY)
+            return value.encode()
         rows = _RESULT.decode(self._query(DECISION_QUERY, input_json)).result
         if not rows:
             raise undefined(DECISION_QUERY)
@@ -104,13 +115,24 @@ class EmbeddedEngine:
             self._query("data" + "".join(f"[{json.dumps(part)}]" for part in package), b"{}")
 
     def _query(self, query: str, input_json: bytes) -> str:
+        return self._ask(regorus.Engine.eval_query_as_json, query, input_json)
+
+    def _ask(self, method: Callable[[Any, str], str], what: str, input_json: bytes) -> str:
         engine = self._engine.clone()
         try:
             engine.set_input_json(input_json.decode())
-            answer: str = engine.eval_query_as_json(query)
+            return method(engine, what)
         except (RuntimeError, ValueError) as error:
-            raise _explained(query, error) from error
-        return answer
+            raise _explained(what, error) from error
+
+
+def _is_rule(engine: Any) -> bool:  # noqa: ANN401 -- the binding has no types
+    """Say whether the decision is one rule; partial rules below its name, or none at all, are no rule to the engine."""
+    try:
+        engine.clone().eval_rule_as_json(DECISION_QUERY)
+    except RuntimeError as error:
+        return _NO_RULE not in str(error)
+    return True
 
 
 def _refuse_http(_request: object) -> Never:

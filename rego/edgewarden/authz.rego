@@ -18,9 +18,14 @@ package edgewarden.authz
 # METADATA
 # description: The decision, version 1.
 # entrypoint: true
-decision := {"allow": true, "reasons": [], "obligations": data.edgewarden.obligations.granted} if {
+decision := {"allow": true, "reasons": [], "obligations": {"limit": limit, "receipt": false}} if {
+	data.edgewarden.plain.ok
+	not denied_by_site
+	limit := data.limits["default"]
+} else := {"allow": true, "reasons": [], "obligations": obligations} if {
 	allow
 	not denied_by_site
+	obligations := data.edgewarden.obligations.granted
 } else := {"allow": false, "reasons": sort(reasons), "obligations": {"receipt": false}}
 
 allow if {
@@ -30,7 +35,7 @@ allow if {
 	data.edgewarden.trust.ok
 	data.edgewarden.network.ok
 	data.edgewarden.limits.ok
-	data.edgewarden.obligations.ok
+	data.edgewarden.obligations.granted
 } else if {
 	input.action == "metadata"
 	data.edgewarden.rbac.ok

@@ -38,7 +38,7 @@ test_reasons_are_sorted if {
 test_no_role_may_export_until_one_is_granted if {
 	decision := authz.decision with input as fixtures.export
 	decision.reasons == ["role_may_not_export"]
-	authz.decision.allow with input as fixtures.export with data.roles.definitions as granting_export
+	authz.decision.allow with input as fixtures.export with data.roles as fixtures.roles(granting_export)
 }
 
 test_export_passes_the_checks_of_inference if {
@@ -48,7 +48,7 @@ test_export_passes_the_checks_of_inference if {
 		["/request/source_ip", "8.8.8.8", "source_not_allowed"],
 	] {
 		request := fixtures.set(fixtures.export, case[0], case[1])
-		decision := authz.decision with input as request with data.roles.definitions as granting_export
+		decision := authz.decision with input as request with data.roles as fixtures.roles(granting_export)
 		decision.reasons == [case[2]]
 	}
 }

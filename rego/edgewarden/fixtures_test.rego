@@ -62,3 +62,8 @@ export := object.union(infer, {"action": "export"})
 set(document, path, value) := json.patch(document, [{"op": "add", "path": path, "value": value}])
 
 drop(document, path) := json.remove(document, [path])
+
+# Overriding a member of `data` merges it into what is read of its parent. To take members away the area is replaced.
+roles(definitions) := object.union(json.remove(data.roles, ["/definitions"]), {"definitions": definitions})
+
+node_serving(states) := object.union(json.remove(data.node, ["/serves"]), {"serves": states})

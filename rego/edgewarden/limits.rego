@@ -17,6 +17,7 @@ name := value if {
 } else := data.limits["default"]
 
 most_generous(policy) := fastest[1] if {
+	some _ in policy.roles
 	candidates := {[policy.limits[candidate].requests_per_second, candidate] |
 		some role, candidate in policy.roles
 		role in data.edgewarden.rbac.granting
@@ -29,19 +30,11 @@ limit := data.limits.limits[name]
 
 ok if {
 	bound := limit
-	size_fits(bound)
-	batch_fits(bound)
-	history_fits(bound)
-}
-
-size_fits(bound) if {
 	0 <= input.request.bytes
 	input.request.bytes <= bound.max_bytes
-}
-
-batch_fits(bound) if {
 	1 <= input.request.batch
 	input.request.batch <= bound.max_batch
+	history_fits(bound)
 }
 
 # Most limits bound no more than size.
@@ -74,6 +67,18 @@ usual(bound) if {
 } else if {
 	0 <= input.request.anomaly
 	input.request.anomaly <= bound.max_anomaly
+}
+
+# The rest explains a denial.
+
+size_fits(bound) if {
+	0 <= input.request.bytes
+	input.request.bytes <= bound.max_bytes
+}
+
+batch_fits(bound) if {
+	1 <= input.request.batch
+	input.request.batch <= bound.max_batch
 }
 
 reasons contains "limit_undefined" if not limit

@@ -88,7 +88,7 @@ test_then_the_most_generous_of_the_granting_roles if {
 		{"line": {"grants": {"infer": {"models": ["*"], "sensitivity": "internal"}}}},
 	)
 	limits.name == "standard" with input as request
-		with data.roles.definitions as definitions
+		with data.roles as fixtures.roles(definitions)
 		with data.limits.roles as {"operator": "metered", "line": "standard", "analyst": "bulk"}
 }
 

@@ -3,45 +3,44 @@
 # description: |
 #   1. The model is named, and listed in `data.models.models` where unlisted models are refused.
 #   2. It was measured: the bytes that would run were extended into the TPM.
-#   3. Its package was signed by a key that the policy accepts for it.
+#   3. Its package was signed by a key that the policy accepts for it. The agent verified the signature; here it only
+#      matters whose it is.
 #   4. Its digest is pinned, where the policy pins one.
-#   5. It is in its time window, and the subject used a second factor, where the policy demands these of an answer.
+#   5. For who asks for an answer: the model is in its time window, and the subject used a second factor, where the
+#      policy demands these. The node loads a model whenever it starts.
 package edgewarden.model
 
 import data.edgewarden.windows
 
 ok if {
-	known
-	measured
-	signer_trusted
-	digest_accepted
-	answerable
+	models := data.models
+	named
+	input.resource.measured == true
+	is_signer(input.resource.signer)
+	accepted(models, input.resource.model)
+	answerable(models, input.resource.model)
 }
 
-known if {
+named if {
 	is_string(input.resource.model)
 	input.resource.model != ""
-	listed_or_free(data.models)
 }
 
-listed_or_free(models) if {
+is_signer(signer) if {
+	is_string(signer)
+	count(signer) == 64
+}
+
+# An unlisted model is judged by the defaults.
+accepted(models, model) if {
+	not models.models[model]
 	models.unlisted == "allow"
+	accepts(models.defaults.signers)
 } else if {
-	models.models[input.resource.model]
+	entry := models.models[model]
+	accepts(signers(models, entry))
+	pinned(entry)
 }
-
-measured if input.resource.measured == true
-
-# The agent verified the signature; here it only matters whose it is.
-signer_trusted if {
-	is_string(input.resource.signer)
-	count(input.resource.signer) == 64
-	accepts(signers(data.models))
-}
-
-signers(models) := value if {
-	value := models.models[input.resource.model].signers
-} else := models.defaults.signers
 
 accepts(allowed) if {
 	allowed == "any-trusted"
@@ -49,35 +48,56 @@ accepts(allowed) if {
 	input.resource.signer in allowed
 }
 
-digest_accepted if accepts_digest(data.models.models)
+signers(_, entry) := entry.signers
 
-accepts_digest(models) if {
-	not models[input.resource.model].digests
+signers(models, entry) := models.defaults.signers if not entry.signers
+
+pinned(entry) if {
+	not entry.digests
 } else if {
-	input.resource.digest in models[input.resource.model].digests
+	input.resource.digest in entry.digests
 }
 
-# The node loads a model whenever it starts; windows and second factors are for those who ask for answers.
-answerable if {
+answerable(models, model) if {
 	input.action in {"infer", "export"}
-	open_now
-	authenticated
+	windows.model_open(model)
+	authenticated(models, model)
 } else if {
 	input.action in {"load", "open"}
 }
 
-open_now if windows.model_open(input.resource.model)
-
-authenticated if {
-	not demands_factor(data.models)
+authenticated(models, model) if {
+	sensitivity := data.edgewarden.sensitivity.name
+	not models.models[model].mfa
+	not models.sensitivity[sensitivity].mfa
 } else if {
 	input.subject.mfa == true
 }
 
-demands_factor(models) if {
-	models.models[input.resource.model].mfa
+# The rest explains a denial. What depends on the model's name is explained once there is one.
+
+entry := data.models.models[input.resource.model]
+
+listed_or_free if {
+	data.models.unlisted == "allow"
 } else if {
-	models.sensitivity[data.edgewarden.sensitivity.name].mfa
+	entry
+}
+
+known if {
+	named
+	listed_or_free
+}
+
+measured if input.resource.measured == true
+
+signer_trusted if {
+	is_signer(input.resource.signer)
+	accepts(signers(data.models, entry))
+} else if {
+	is_signer(input.resource.signer)
+	not entry
+	accepts(data.models.defaults.signers)
 }
 
 reasons contains "model_unknown" if not known
@@ -86,21 +106,23 @@ reasons contains "model_not_measured" if not measured
 
 reasons contains "signer_not_trusted" if not signer_trusted
 
-# What depends on the model's name is explained once there is one. (An absent member inside a negated expression is
-# read differently by the engines.)
 reasons contains "digest_not_allowed" if {
-	known
-	not digest_accepted
+	pins := entry
+	not pinned(pins)
 }
 
 reasons contains "outside_time_window" if {
-	known
+	named
 	input.action in {"infer", "export"}
-	not open_now
+	model := input.resource.model
+	not windows.model_open(model)
 }
 
 reasons contains "mfa_required" if {
-	known
+	named
 	input.action in {"infer", "export"}
-	not authenticated
+	models := data.models
+	model := input.resource.model
+	data.edgewarden.sensitivity.name
+	not authenticated(models, model)
 }

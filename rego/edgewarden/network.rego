@@ -11,9 +11,9 @@ package edgewarden.network
 ok if {
 	input.subject.kind == "unix"
 } else if {
-	well_formed(input.request.source_ip)
 	networks := rules(data.network)
 	denied := networks.deny
+	is_address(input.request.source_ip)
 	within(networks.allow, input.request.source_ip)
 	not within(denied, input.request.source_ip)
 }
@@ -25,7 +25,7 @@ rules(policy) := value if {
 	value := policy.actions["admin.*"]
 } else := policy["default"]
 
-well_formed(address) if {
+is_address(address) if {
 	is_string(address)
 	net.cidr_is_valid(concat("/", [address, "32"]))
 	not mapped(address)

@@ -11,20 +11,24 @@ package edgewarden.rbac
 import data.edgewarden.windows
 
 ok if {
-	subject_known
-	not suspended
-	some role in roles
-	permits(role)
+	policy := data.roles
+	active(policy)
+	is_array(input.subject.roles)
+	some role in input.subject.roles
+	permits(policy, role)
+} else if {
+	policy := data.roles
+	active(policy)
+	some role in bound(policy)
+	permits(policy, role)
 }
 
-subject_known if {
+active(policy) if {
 	input.subject.kind in {"mtls", "jwt", "spiffe", "unix"}
 	is_string(input.subject.id)
 	input.subject.id != ""
+	not policy.suspended[input.subject.kind][input.subject.id]
 }
-
-# Looked up by kind and id: read it only after `subject_known`.
-suspended if data.roles.suspended[input.subject.kind][input.subject.id]
 
 administers if {
 	is_string(input.action)
@@ -32,85 +36,72 @@ administers if {
 	input.action != "admin."
 }
 
-roles contains role if {
-	is_array(input.subject.roles)
-	some role in input.subject.roles
-}
-
-roles contains role if some role in data.roles.bindings.subjects[input.subject.kind][input.subject.id]
-
-roles contains role if {
-	some claim, bound in data.roles.bindings.claims
-	some role in claimed(input.subject.claims[claim], bound)
+bound(policy) := {role |
+	some role in policy.bindings.subjects[input.subject.kind][input.subject.id]
+} | {role |
+	some claim, values in policy.bindings.claims
+	some role in claimed(input.subject.claims[claim], values)
 }
 
 # A claim holds one value or a list of them, as `groups` does.
-claimed(value, bound) := bound[value] if is_string(value)
+claimed(value, values) := values[value] if is_string(value)
 
-claimed(values, bound) := [role | some value in values; some role in bound[value]] if is_array(values)
+claimed(list, values) := [role | some value in list; some role in values[value]] if is_array(list)
 
-permits(role) if {
-	definition := data.roles.definitions[role]
-	grant := granted(definition)
-	covers(role, grant)
+permits(policy, role) if {
+	definition := policy.definitions[role]
+	grant := definition.grants[input.action]
+	applies(role, grant)
+	fulfils(role, definition, grant)
+} else if {
+	administers
+	definition := policy.definitions[role]
+	grant := definition.grants["admin.*"]
 	fulfils(role, definition, grant)
 }
 
-granted(definition) := value if {
-	value := definition.grants[input.action]
-} else := value if {
-	administers
-	value := definition.grants["admin.*"]
-}
-
 # A model is a condition where its content, its description or its answers leave the node.
-covers(role, grant) if {
+applies(role, grant) if {
 	input.action in {"infer", "export", "metadata"}
-	names(role, grant)
-	reaches(grant)
+	models := data.models
+	names(grant, input.resource.model)
+	admits(models.models, input.resource.model, role)
+	models.sensitivity[data.edgewarden.sensitivity.name].rank <= models.sensitivity[grant.sensitivity].rank
 } else if {
-	input.action == "metadata"
-	not input_resource
-} else if {
-	input.action in {"load", "unload", "open"}
-} else if {
-	administers
+	not model_scoped
 }
 
-# Metadata without a resource is the server's own: its name, version and extensions.
-input_resource if {
-	_ := input.resource
-}
-
-# A model that lists its roles admits no other. A pattern is a name, or the beginning of one followed by `*`.
-names(role, grant) if {
-	is_string(input.resource.model)
-	input.resource.model != ""
+# A pattern is a name, or the beginning of one followed by `*`.
+names(grant, model) if {
+	"*" in grant.models
+	model != ""
+	is_string(model)
+} else if {
+	model in grant.models
+	model != ""
+	is_string(model)
+} else if {
+	is_string(model)
+	model != ""
 	some pattern in grant.models
-	matches(pattern, input.resource.model)
-	admits(role, data.models.models[input.resource.model])
-} else if {
-	is_string(input.resource.model)
-	input.resource.model != ""
-	some pattern in grant.models
-	matches(pattern, input.resource.model)
-	not data.models.models[input.resource.model]
-}
-
-matches(pattern, model) if {
-	pattern in {"*", model}
-} else if {
 	endswith(pattern, "*")
 	startswith(model, trim_suffix(pattern, "*"))
 }
 
-admits(role, entry) if {
-	not entry.roles
+# A model that lists its roles admits no other.
+admits(models, model, role) if {
+	not models[model].roles
 } else if {
-	role in entry.roles
+	role in models[model].roles
 }
 
-reaches(grant) if data.edgewarden.sensitivity.rank <= data.models.sensitivity[grant.sensitivity].rank
+model_scoped if input.action in {"infer", "export"}
+
+# Metadata without a resource is the server's own: its name, version and extensions.
+model_scoped if {
+	input.action == "metadata"
+	_ := input.resource
+}
 
 # Most roles and grants have no condition.
 fulfils(role, definition, grant) if {
@@ -136,15 +127,34 @@ authenticated(grant) if {
 	input.subject.mfa == true
 }
 
-# The roles by which the request is granted.
+# The rest explains a denial, but for `granting`, by which limits choose.
+
+roles contains role if {
+	is_array(input.subject.roles)
+	some role in input.subject.roles
+}
+
+roles contains role if some role in bound(data.roles)
+
 granting contains role if {
 	some role in roles
-	permits(role)
+	permits(data.roles, role)
 }
+
+subject_known if {
+	input.subject.kind in {"mtls", "jwt", "spiffe", "unix"}
+	is_string(input.subject.id)
+	input.subject.id != ""
+}
+
+suspended if data.roles.suspended[input.subject.kind][input.subject.id]
 
 reasons contains "subject_unknown" if not subject_known
 
-reasons contains "subject_suspended" if suspended
+reasons contains "subject_suspended" if {
+	subject_known
+	suspended
+}
 
 reasons contains word if {
 	count(grants) == 0
@@ -188,12 +198,21 @@ grants contains [role, grant] if {
 	some role in roles
 	definition := data.roles.definitions[role]
 	holds(definition)
-	grant := granted(definition)
+	grant := definition.grants[input.action]
+}
+
+grants contains [role, grant] if {
+	administers
+	some role in roles
+	definition := data.roles.definitions[role]
+	holds(definition)
+	grant := definition.grants["admin.*"]
 }
 
 named contains [role, grant] if {
 	some [role, grant] in grants
-	names(role, grant)
+	names(grant, input.resource.model)
+	admits(data.models.models, input.resource.model, role)
 }
 
 named contains [role, grant] if {
@@ -203,17 +222,10 @@ named contains [role, grant] if {
 
 reached contains [role, grant] if {
 	some [role, grant] in named
-	covers(role, grant)
+	applies(role, grant)
 }
 
 opened contains [role, grant] if {
 	some [role, grant] in reached
 	windows.role_open(role)
-}
-
-model_scoped if input.action in {"infer", "export"}
-
-model_scoped if {
-	input.action == "metadata"
-	input_resource
 }

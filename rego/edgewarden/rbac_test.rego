@@ -68,9 +68,9 @@ test_an_admin_asks_no_model if {
 test_admin_verbs_are_granted_one_by_one_or_all if {
 	definitions := {"auditor": {"grants": {"admin.status": {}}}}
 	request := fixtures.set(fixtures.admin, "/subject/roles", ["auditor"])
-	rbac.ok with input as request with data.roles.definitions as definitions
+	rbac.ok with input as request with data.roles as fixtures.roles(definitions)
 	activate := fixtures.set(request, "/action", "admin.policy.activate")
-	not rbac.ok with input as activate with data.roles.definitions as definitions
+	not rbac.ok with input as activate with data.roles as fixtures.roles(definitions)
 	rbac.ok with input as fixtures.set(fixtures.admin, "/action", "admin.policy.activate")
 }
 
@@ -115,24 +115,24 @@ limited(grant) := {"operator": {"grants": {"infer": grant, "metadata": grant}}}
 test_a_grant_names_models_or_their_beginning if {
 	every pattern in ["*", "surface-defects", "surface-*", "surface-defects*"] {
 		definitions := limited({"models": [pattern], "sensitivity": "internal"})
-		rbac.ok with input as fixtures.infer with data.roles.definitions as definitions
+		rbac.ok with input as fixtures.infer with data.roles as fixtures.roles(definitions)
 	}
 	every pattern in ["", "surface", "defects", "*defects", "Surface-*", "surface-defects-2*"] {
 		definitions := limited({"models": ["other", pattern], "sensitivity": "internal"})
-		reasons := rbac.reasons with input as fixtures.infer with data.roles.definitions as definitions
+		reasons := rbac.reasons with input as fixtures.infer with data.roles as fixtures.roles(definitions)
 		reasons == {"model_not_granted"}
 	}
 }
 
 test_a_grant_without_models_grants_none if {
 	definitions := limited({"sensitivity": "internal"})
-	not rbac.ok with input as fixtures.infer with data.roles.definitions as definitions
-	not rbac.ok with input as fixtures.metadata with data.roles.definitions as definitions
+	not rbac.ok with input as fixtures.infer with data.roles as fixtures.roles(definitions)
+	not rbac.ok with input as fixtures.metadata with data.roles as fixtures.roles(definitions)
 }
 
 test_a_grant_without_sensitivity_grants_none if {
 	definitions := limited({"models": ["*"]})
-	not rbac.ok with input as fixtures.infer with data.roles.definitions as definitions
+	not rbac.ok with input as fixtures.infer with data.roles as fixtures.roles(definitions)
 }
 
 test_a_model_may_name_its_roles if {
@@ -144,14 +144,14 @@ test_a_model_may_name_its_roles if {
 
 test_a_grant_may_demand_a_second_factor if {
 	definitions := limited({"models": ["*"], "sensitivity": "internal", "mfa": true})
-	reasons := rbac.reasons with input as fixtures.infer with data.roles.definitions as definitions
+	reasons := rbac.reasons with input as fixtures.infer with data.roles as fixtures.roles(definitions)
 	reasons == {"mfa_required"}
 	every value in ["true", 1, null] {
 		request := fixtures.set(fixtures.infer, "/subject/mfa", value)
-		not rbac.ok with input as request with data.roles.definitions as definitions
+		not rbac.ok with input as request with data.roles as fixtures.roles(definitions)
 	}
 	request := fixtures.set(fixtures.infer, "/subject/mfa", true)
-	rbac.ok with input as request with data.roles.definitions as definitions
+	rbac.ok with input as request with data.roles as fixtures.roles(definitions)
 }
 
 test_a_role_counts_within_its_windows if {

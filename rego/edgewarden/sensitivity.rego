@@ -10,8 +10,3 @@ name := value if {
 } else := value if {
 	value := input.resource.sensitivity
 } else := data.models.defaults.sensitivity
-
-# What the policy demands at this sensitivity.
-level := data.models.sensitivity[name]
-
-rank := data.models.sensitivity[name].rank

@@ -23,7 +23,3 @@ test_levels_are_ranked if {
 	]
 	ranks == [0, 1, 2, 3]
 }
-
-test_an_unknown_word_has_no_rank if {
-	not sensitivity.rank with input as fixtures.set(fixtures.infer, "/resource/sensitivity", "secret")
-}

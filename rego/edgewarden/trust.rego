@@ -8,53 +8,58 @@
 package edgewarden.trust
 
 ok if {
-	input.node.trust in {"affirming", "warning"}
-	serves
-	fresh
+	policy := data.node
+	serves(policy, input.node.trust)
+	current(policy, data.edgewarden.sensitivity.name)
 }
 
-ok if {
+serves(policy, state) if {
+	ranks := data.models.sensitivity
+	ranks[data.edgewarden.sensitivity.name].rank <= ranks[policy.serves[state]].rank
+}
+
+current(policy, sensitivity) if {
 	input.node.trust == "unknown"
-	data.node.enrolled == false
-	serves
+	policy.enrolled == false
+} else if {
+	input.node.trust in {"affirming", "warning"}
+	0 <= input.node.attested_age_s
+	input.node.attested_age_s <= policy.max_attested_age_s[sensitivity]
 }
 
 loadable if input.node.trust in {"affirming", "warning", "none", "unknown"}
 
-serves if data.edgewarden.sensitivity.rank <= data.models.sensitivity[data.node.serves[input.node.trust]].rank
+# The rest explains a denial.
 
-fresh if {
-	0 <= input.node.attested_age_s
-	input.node.attested_age_s <= data.node.max_attested_age_s[data.edgewarden.sensitivity.name]
-}
-
-reasons contains "node_contraindicated" if input.node.trust == "contraindicated"
-
-reasons contains "node_not_trusted" if {
-	input.action in {"infer", "export"}
-	input.node.trust != "contraindicated"
-	not ok
-	not stale
-}
-
-reasons contains "node_not_trusted" if {
-	input.action in {"load", "open"}
-	input.node.trust != "contraindicated"
-	not loadable
-}
-
-reasons contains "node_not_trusted" if not stated
+reasons contains "node_contraindicated" if contraindicated
 
 reasons contains "attestation_too_old" if {
-	input.action in {"infer", "export"}
-	stale
+	answers
+	aged
 }
 
-stated if input.node.trust != null
+reasons contains "node_not_trusted" if {
+	answers
+	not ok
+	not aged
+	not contraindicated
+}
+
+reasons contains "node_not_trusted" if {
+	not answers
+	not loadable
+	not contraindicated
+}
+
+answers if input.action in {"infer", "export"}
+
+contraindicated if input.node.trust == "contraindicated"
 
 # Trusted enough, but for too long.
-stale if {
+aged if {
 	input.node.trust in {"affirming", "warning"}
-	serves
-	not fresh
+	policy := data.node
+	serves(policy, input.node.trust)
+	sensitivity := data.edgewarden.sensitivity.name
+	not current(policy, sensitivity)
 }

@@ -25,14 +25,14 @@ test_an_affirmed_node_serves if {
 test_a_contraindicated_node_serves_nothing if {
 	request := state("contraindicated", 0)
 	trust.reasons == {"node_contraindicated"} with input as request
-	not trust.ok with input as request with data.node.serves as {"contraindicated": "restricted"}
+	not trust.ok with input as request with data.node as fixtures.node_serving({"contraindicated": "restricted"})
 	not trust.loadable with input as request
 }
 
 test_a_node_without_result_serves_nothing_but_loads if {
 	request := state("none", 0)
 	trust.reasons == {"node_not_trusted"} with input as request
-	not trust.ok with input as request with data.node.serves as {"none": "restricted"}
+	not trust.ok with input as request with data.node as fixtures.node_serving({"none": "restricted"})
 	trust.loadable with input as request
 	trust.reasons == set() with input as object.union(request, {"action": "load"})
 }
@@ -71,5 +71,5 @@ test_an_unknown_word_is_no_trust if {
 }
 
 test_a_state_that_is_not_served_denies if {
-	not trust.ok with input as state("warning", 60) with data.node.serves as {"affirming": "restricted"}
+	not trust.ok with input as state("warning", 60) with data.node as fixtures.node_serving({"affirming": "restricted"})
 }

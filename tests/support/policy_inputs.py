@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["SIGNERS", "generate", "hostile_value", "likely"]
+__all__ = ["HOSTILE", "SIGNERS", "generate", "likely", "near_misses"]
 
 SIGNERS: Final = ("4bf5122f344554c53bde2ebb8cd2b7e3d1600ad631c385a5d7cce23c7785459a", "0" * 64)
 """SHA-256 of two public keys, in hex."""
@@ -46,7 +46,7 @@ _TIMES: Final = (
         "",
     ),
 )
-_HOSTILE: Final[tuple[Any, ...]] = (
+HOSTILE: Final[tuple[Any, ...]] = (
     *(None, True, False, 0, -1, 1, 2**53 - 1, -(2**53) + 1, 0.5, 1e308, -1e-308),
     *(
         "",
@@ -121,9 +121,31 @@ def likely(source: random.Random) -> dict[str, Any]:
     return {"subject": subject, "action": action, "resource": resource, "request": request, "node": node}
 
 
-def hostile_value(source: random.Random) -> Any:
-    """A JSON value that a careless rule might take for something else."""
-    return copy.deepcopy(source.choice(_HOSTILE))
+def near_misses(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every document that differs from this one in a single member: absent, or any of the hostile values."""
+    for path in _members(document):
+        for value in HOSTILE:
+            changed, parent = _copy(document, path)
+            parent[path[-1]] = copy.deepcopy(value)
+            yield changed
+        changed, parent = _copy(document, path)
+        del parent[path[-1]]
+        yield changed
+
+
+def _copy(document: dict[str, Any], path: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A copy of the document, and within it the object that holds the member at this path."""
+    parent = changed = copy.deepcopy(document)
+    for key in path[:-1]:
+        parent = parent[key]
+    return changed, parent
+
+
+def _members(document: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in document.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from _members(value, (*path, key))
 
 
 def _change(source: random.Random, document: dict[str, Any]) -> None:
@@ -136,6 +158,8 @@ def _change(source: random.Random, document: dict[str, Any]) -> None:
         case 0:
             parent.pop(key, None)
         case 1:
-            parent[key] = hostile_value(source)
+            parent[key] = copy.deepcopy(source.choice(HOSTILE))
         case _:
-            parent[source.choice(("allow", "admin", "extra", "roles", "measured", "__proto__"))] = hostile_value(source)
+            parent[source.choice(("allow", "admin", "extra", "roles", "measured", "__proto__"))] = copy.deepcopy(
+                source.choice(HOSTILE)
+            )
