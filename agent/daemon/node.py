@@ -10,6 +10,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ import structlog
 from agent import clock, messages
 from agent.audit.log import AuditLog
 from agent.control.health import Health, Metrics
-from agent.errors import AuditError, PeerError
+from agent.errors import AuditError, HostError, PeerError, VerificationError
 from agent.flows.attestation import AttestationFlow
 from agent.flows.dataplane import Dataplane
 from agent.flows.models import ModelKeeper
@@ -142,8 +143,26 @@ class Node:
             raise PeerError(403, "policy", f"{action} is denied to {principal.id}: {reasons}")
 
     async def evidence(self, nonce: bytes, from_index: int, peer_spki_sha256: str | None) -> bytes:
-        """Return Evidence as JSON."""
+        """Return Evidence as JSON; there is none while the log and the TPM differ."""
+        await self.check_attested()
         return await self.attestation.evidence(nonce, from_index, peer_spki_sha256)
+
+    async def check_attested(self) -> None:
+        """Keep the fact ``attested``: the TPM answers and holds what the log says.
+
+        Raises:
+            VerificationError, TpmError, HostError: it does not.
+        """
+        try:
+            await self.attestation.log.check()
+        except (HostError, VerificationError) as error:
+            self._attested(holds=False, why=str(error))
+            raise
+        self._attested(holds=True, why="the measurement log and the TPM agree")
+
+    def _attested(self, *, holds: bool, why: str) -> None:
+        if self.health.report("attested", holds=holds, why=why):
+            _log.log(logging.INFO if holds else logging.ERROR, "attested" if holds else "attestation_lost", why=why)
 
     async def ak_public(self) -> bytes:
         """Return the attestation key's public part."""
