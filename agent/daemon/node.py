@@ -62,13 +62,19 @@ class Node:
         except AuditError as error:
             self.health.report("log_durable", holds=False, why=str(error))
             raise
-        future.add_done_callback(self._recorded)
+        if future.done():  # buffered: nobody waits
+            self._recorded(future)
+        else:
+            future.add_done_callback(self._recorded)
         return future
 
     def _recorded(self, future: asyncio.Future[Any]) -> None:
-        if not future.cancelled():
-            failure = future.exception()
-            why = str(failure) if failure else "the last record is durable"
+        if future.cancelled():
+            return
+        # A buffered record is done before it is written: then the log itself knows whether it can be.
+        failure = future.exception() or self.audit.failure
+        if self.health["log_durable"].holds != (failure is None):
+            why = "records can be made durable" if failure is None else str(failure)
             self.health.report("log_durable", holds=failure is None, why=why)
 
     @property

@@ -18,7 +18,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-__all__ = ["ConnectionLimits", "Front"]
+__all__ = ["ConnectionLimits", "Front", "source_address"]
 
 MAX_HEADER_LINE_BYTES = 8190
 MAX_HEADERS = 64
@@ -95,7 +95,7 @@ class Front(web.Server):
 
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         """Count a new connection, or cut it."""
-        source = _address(transport)
+        source = source_address(transport)
         super().connection_made(handler, transport)
         self._source_of[handler] = source
         self._sources[source] += 1
@@ -130,6 +130,7 @@ class Front(web.Server):
             handler.transport.abort()
 
 
-def _address(transport: asyncio.Transport) -> str:
+def source_address(transport: asyncio.BaseTransport) -> str:
+    """Return the peer's address; IPv4 always as plain IPv4, also where it came through an IPv6 socket, so that one host has one address."""
     peer = transport.get_extra_info("peername")
-    return str(peer[0]) if isinstance(peer, tuple) else ""
+    return str(peer[0]).removeprefix("::ffff:") if isinstance(peer, tuple) else ""

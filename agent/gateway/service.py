@@ -215,6 +215,7 @@ class Gateway:
             await asyncio.wait_for(self._routes.idle.wait(), timeout_s)
         await self._front.shutdown(timeout=1.0)
         await self._flow.note_refusals()
+        self._audit.flush()
         self._report(messages.Drained())
         await asyncio.sleep(0)
         self._drained.set()
