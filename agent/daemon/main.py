@@ -30,13 +30,14 @@ from agent import clock
 from agent.attest.log import MeasurementLog, TpmResetError
 from agent.attest.measurement import ZERO_PCR, config_entry
 from agent.attest.tpm import TpmThread
-from agent.audit.log import AuditLog, Space
+from agent.audit.log import AuditLog
 from agent.config import ControlSettings, Environment, Settings
 from agent.control.health import Health, Metrics, health_application
 from agent.control.surface import admin_application, evidence_application
 from agent.daemon.node import Node
 from agent.daemon.provision import (
     Listeners,
+    audit_space,
     bind_listeners,
     child_user,
     gateway_spec,
@@ -129,7 +130,7 @@ class _Agent:
             self._state / "audit",
             settings.node.id,
             durability=settings.audit.durability,
-            space=Space(budget_bytes=settings.audit.max_bytes),
+            space=audit_space(settings.audit.max_bytes),
         )
         try:
             async with contextlib.AsyncExitStack() as stack:
@@ -302,6 +303,8 @@ class _Agent:
                 if holds
             ]
             node.health.detail("crash_loops", list(loops))
+            # Also without a record to write: a full disk that has room again is news.
+            node.health.report("log_durable", holds=node.audit.durable, why=node.audit.failure or "records are durable")
             await asyncio.sleep(min(self._watchdog_s, HEALTH_CHECK_S))
 
     async def _shut_down(self, node: Node) -> None:
