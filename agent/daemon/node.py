@@ -20,7 +20,7 @@ import structlog
 from agent import clock, messages
 from agent.audit.log import AuditLog
 from agent.control.health import Health, Metrics
-from agent.errors import AuditError, PeerError
+from agent.errors import PeerError
 from agent.flows.attestation import AttestationFlow
 from agent.flows.dataplane import Dataplane
 from agent.flows.models import ModelKeeper
@@ -58,17 +58,16 @@ class Node:
         """Append to the audit log; keeps the fact ``log_durable``."""
         try:
             future = self.audit.append(event)
-        except AuditError as error:
-            self.health.report("log_durable", holds=False, why=str(error))
-            raise
-        future.add_done_callback(self._recorded)
+        finally:
+            self.report_log()
+        future.add_done_callback(lambda _: self.report_log())
         return future
 
-    def _recorded(self, future: asyncio.Future[Any]) -> None:
-        if not future.cancelled():
-            failure = future.exception()
-            why = str(failure) if failure else "the last record is durable"
-            self.health.report("log_durable", holds=failure is None, why=why)
+    def report_log(self) -> None:
+        """Report the fact ``log_durable``. In buffered mode no record's future knows it; and it may change while nothing is recorded."""
+        why = self.audit.failure or "records can be made durable"
+        if self.health.report("log_durable", holds=self.audit.durable, why=why):
+            _log.info("log_durable" if self.audit.durable else "log_not_durable", why=why)
 
     @property
     def policy_sha256(self) -> str:

@@ -210,6 +210,8 @@ class Gateway:
     async def _drain(self, timeout_s: float) -> None:
         self._routes.draining = True
         if self._server:
+            # The agent has the listener too: without this, clients would wait in its queue until the agent ends.
+            self._listener.shutdown(socket.SHUT_RDWR)
             self._server.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._routes.idle.wait(), timeout_s)
