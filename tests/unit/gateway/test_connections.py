@@ -38,7 +38,7 @@ def on_each_loop(test):
 
     first = inspect.Parameter("loop_factory", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     signature = inspect.signature(test)
-    run.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])  # type: ignore[attr-defined]  # pytest reads it
+    run.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
     return run
 
 
