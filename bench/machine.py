@@ -7,6 +7,7 @@ import os
 import platform
 import ssl
 import statistics
+import sysconfig
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def describe(directory: Path) -> list[tuple[str, str]]:
     return [
         ("processor", f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores"),
         ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
-        ("Python", f"{platform.python_version()}, {ssl.OPENSSL_VERSION}"),
+        ("Python", f"{platform.python_version()}, {_build()}, {ssl.OPENSSL_VERSION}"),
         ("packages", packages),
         ("fdatasync", f"p50 {statistics.median(waits):.0f} µs, p99 {sorted(waits)[len(waits) * 99 // 100]:.0f} µs"),
         ("load average at the start", " ".join(f"{load:.1f}" for load in os.getloadavg())),
@@ -54,6 +55,11 @@ def steal_share() -> tuple[int, int]:
     """Return the machine's stolen and total CPU time, in ticks; the difference of two readings says who else ran."""
     fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     return fields[7], sum(fields)
+
+
+def _build() -> str:
+    """Say whether this interpreter was built with profile-guided optimisation, which is worth a fifth of its speed."""
+    return "PGO" if "--enable-optimizations" in str(sysconfig.get_config_var("CONFIG_ARGS")) else "built without PGO"
 
 
 def _cpu_model() -> str:
