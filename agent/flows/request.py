@@ -138,6 +138,11 @@ class _Trace:
     latency_us: dict[str, int] = field(default_factory=dict)
     mark_ns: int = field(default_factory=time.perf_counter_ns)
 
+    @property
+    def account(self) -> str:
+        """Whom limits are charged to: an id is unique only among principals that were proved the same way."""
+        return f"{self.principal.kind}:{self.principal.id}"
+
     def stage(self, name: str) -> None:
         """End a stage of the latency split."""
         now = time.perf_counter_ns()
@@ -216,12 +221,12 @@ class RequestFlow:
         limit = self.admission.limit(name)
         most = min(limit.max_bytes, self.max_body_bytes)
         check_size(wire.announced_bytes, most)
-        with self.bodies.reserve(trace.principal.id, most if wire.announced_bytes is None else wire.announced_bytes):
+        with self.bodies.reserve(trace.account, most if wire.announced_bytes is None else wire.announced_bytes):
             body = await wire.read(most)
         trace.stage("read")
         now = clock.monotonic_us()
-        rate = self.admission.observe(trace.principal.id, now)
-        with await self.admission.enter(trace.principal.id, name, now):
+        rate = self.admission.observe(trace.account, now)
+        with await self.admission.enter(trace.account, name, now):
             loaded = self._find(trace, model, version)
             trace.stage("admit")
             # 3. decode
@@ -234,7 +239,7 @@ class RequestFlow:
             answer = await self._authorize(trace, loaded, asked)
             decided = answer.decision.obligations.limit
             if decided is not None and decided != name:
-                self.admission.narrow(trace.principal.id, decided, now)
+                self.admission.narrow(trace.account, decided, now)
             trace.stage("policy")
             # 5. sanitize
             data = self._data_of(answer)
@@ -267,11 +272,10 @@ class RequestFlow:
         try:
             trace.principal = self._identify(caller)
             now = clock.monotonic_us()
-            rate = self.admission.observe(trace.principal.id, now)
-            with await self.admission.enter(trace.principal.id, self.data.limit_for(trace.principal), now):
+            rate = self.admission.observe(trace.account, now)
+            with await self.admission.enter(trace.account, self.data.limit_for(trace.principal), now):
                 loaded = self._find(trace, model, version) if model else None
-                if loaded:
-                    await self._authorize(trace, loaded, {"rate": rate})
+                await self._authorize(trace, loaded, {"rate": rate})
                 await self._kept(trace.event("metadata", "ok"))
         except PeerError as error:
             await self._refuse(trace, error)
@@ -310,24 +314,28 @@ class RequestFlow:
         trace.loaded, trace.model, trace.version = loaded, loaded.manifest.name, loaded.manifest.version
         return loaded
 
-    async def _authorize(self, trace: _Trace, loaded: LoadedModel, asked: dict[str, Any]) -> PolicyAnswer:
+    async def _authorize(self, trace: _Trace, loaded: LoadedModel | None, asked: dict[str, Any]) -> PolicyAnswer:
         """Ask the policy; what is unknown is absent from its input, version 1."""
-        manifest, facts = loaded.manifest, self.facts
+        facts = self.facts
         node: dict[str, Any] = {"id": self.node, "trust": facts.trust, "posture": facts.posture}
         if facts.attested_age_s is not None:
             node["attested_age_s"] = facts.attested_age_s
+        about: dict[str, Any] = {}
+        if loaded is not None:
+            manifest = loaded.manifest
+            about["resource"] = {
+                "model": manifest.name,
+                "version": manifest.version,
+                "digest": loaded.sha256,
+                "signer": loaded.signer,
+                "measured": True,
+                "sensitivity": manifest.sensitivity,
+            }
         answer = trace.answer = await self.policy.decide(
             {
+                **about,
                 "subject": msgspec.structs.asdict(trace.principal),
                 "action": trace.action,
-                "resource": {
-                    "model": manifest.name,
-                    "version": manifest.version,
-                    "digest": loaded.sha256,
-                    "signer": loaded.signer,
-                    "measured": True,
-                    "sensitivity": manifest.sensitivity,
-                },
                 "request": {**asked, "source_ip": trace.source_ip, "time": clock.rfc3339(trace.began_us)},
                 "node": node,
             }

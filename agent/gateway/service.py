@@ -72,7 +72,6 @@ class Gateway:
         self._loading = asyncio.Lock()
         self._loads: set[asyncio.Task[None]] = set()
         self._drained = asyncio.Event()
-        self._server: asyncio.Server | None = None
         self._counters = Counters()
         self._runner = Runner(max(1, os.cpu_count() or 1))
         self._tokens = tokens
@@ -195,26 +194,20 @@ class Gateway:
         return self._newest.get((load.name, load.version)) == load.number
 
     async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._listener.setblocking(False)
-        self._server = await loop.create_server(
-            self._front,
-            sock=self._listener,
-            ssl=self._context,
-            ssl_handshake_timeout=self._start.header_timeout_ms / 1000,
-            ssl_shutdown_timeout=1.0,
-            backlog=1024,
-        )
+        self._spawn(self._front.accept(self._listener, self._context))
+        await asyncio.sleep(0)  # from here on it listens
         self._report(messages.Ready())
 
     async def _drain(self, timeout_s: float) -> None:
         self._routes.draining = True
-        if self._server:
-            self._server.close()
+        # The agent has the listener too: closing it here would leave clients in its queue until the agent ends.
+        with contextlib.suppress(OSError):  # it did not listen yet
+            self._listener.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._routes.idle.wait(), timeout_s)
         await self._front.shutdown(timeout=1.0)
         await self._flow.note_refusals()
+        self._audit.flush()
         self._report(messages.Drained())
         await asyncio.sleep(0)
         self._drained.set()

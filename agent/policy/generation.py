@@ -78,7 +78,7 @@ class _Template:
             return
         try:
             self._reply.set_result(_REPORT.decode(frame.data))
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:
             self._reply.set_exception(IsolationError(f"the policy template's report is malformed: {error}"))
 
     def _on_close(self) -> None:
