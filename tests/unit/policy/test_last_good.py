@@ -4,7 +4,12 @@ import pytest
 
 from agent.errors import HostError
 from agent.policy import last_good
-from agent.policy.last_good import LAST_GOOD_FILE, load_last_good, save_last_good
+from agent.policy.last_good import LAST_GOOD_FILE, commit, load_last_good, stage
+
+
+def save_last_good(directory, content):
+    stage(directory, LAST_GOOD_FILE, content)
+    commit(directory, LAST_GOOD_FILE)
 
 
 def test_the_last_one_saved_is_loaded(tmp_path) -> None:
