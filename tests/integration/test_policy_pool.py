@@ -153,14 +153,14 @@ async def test_a_new_policy_takes_over_and_loses_nothing(zygote, opa):
 
         asking = asyncio.gather(load(), load())
         new = await pool.activate(bundle(other, manifest={"revision": "two", "roots": ["edgewarden"]}))
-        await asker.ask("open")
+        after = await asker.ask("open")
         stop.set()
         seen = {answer for answers in await asking for answer in answers}
         assert pool.active == new
     assert old is not None
     assert new.revision == "two"
     assert seen <= {(old.sha256, "not today", None), (new.sha256, "never", None)}
-    assert (new.sha256, "never", None) in seen
+    assert (after.policy_sha256, after.decision.reasons, after.error) == (new.sha256, ("never",), None)
 
 
 def bad_bundles() -> dict[str, tuple[bytes, type[Exception], str]]:
