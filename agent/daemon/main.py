@@ -43,6 +43,7 @@ from agent.daemon.provision import (
     lock_state,
     make_directory,
     read_pem,
+    server_context,
     spki_sha256,
     trust_store,
 )
@@ -319,13 +320,10 @@ async def _logged(work: Coroutine[Any, Any, None], **fields: str) -> bool:
 
 
 def _control_tls(control: ControlSettings) -> tuple[ssl.SSLContext, str]:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
     certificate = read_pem("control.certificate", control.certificate)
     read_pem("control.key", control.key, secret=True)
-    context.load_cert_chain(control.certificate, control.key)
-    context.load_verify_locations(cadata=read_pem("control.client_ca", control.client_ca).decode())
-    context.verify_mode = ssl.CERT_REQUIRED
+    read_pem("control.client_ca", control.client_ca)
+    context = server_context("control", control.certificate, control.key, control.client_ca)
     return context, spki_sha256("control.certificate", certificate)
 
 

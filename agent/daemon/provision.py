@@ -15,6 +15,7 @@ import hashlib
 import os
 import pwd
 import socket
+import ssl
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from cryptography.hazmat.primitives import serialization
 from agent import messages
 from agent.config import Settings, split_listen
 from agent.errors import ConfigError, HostError
+from agent.identity.token import parse_jwks
 from agent.inference.signing import TrustStore
 from agent.isolation.memfd import SealedFile, seal_bytes
 from agent.isolation.sandbox import Limits, Profile
@@ -39,6 +41,7 @@ __all__ = [
     "lock_state",
     "make_directory",
     "read_pem",
+    "server_context",
     "spki_sha256",
     "trust_store",
 ]
@@ -87,13 +90,16 @@ def bind_listeners(settings: Settings) -> Listeners:
     make_directory("node.runtime_dir", runtime)
     control = settings.control.listen if settings.control else None
     metrics = settings.metrics.listen
-    return Listeners(
-        _bind_tcp("inference.listen", settings.inference.listen),
-        _bind_tcp("control.listen", control) if control else None,
-        _bind_tcp("metrics.listen", metrics) if metrics else None,
-        _bind_unix(runtime / "health.sock", 0o666),
-        _bind_unix(runtime / "admin.sock", 0o660),
-    )
+    with contextlib.ExitStack() as stack:
+        bound = Listeners(
+            stack.enter_context(_bind_tcp("inference.listen", settings.inference.listen)),
+            stack.enter_context(_bind_tcp("control.listen", control)) if control else None,
+            stack.enter_context(_bind_tcp("metrics.listen", metrics)) if metrics else None,
+            stack.enter_context(_bind_unix(runtime / "health.sock", 0o666)),
+            stack.enter_context(_bind_unix(runtime / "admin.sock", 0o660)),
+        )
+        stack.pop_all()
+    return bound
 
 
 def _bind_tcp(name: str, listen: str) -> socket.socket:
@@ -118,7 +124,7 @@ def _bind_unix(path: Path, mode: int) -> socket.socket:
         path.chmod(mode)
     except OSError as error:
         sock.close()
-        raise HostError(f"{path}: {error.strerror}") from error
+        raise HostError(f"{path}: {error.strerror or error}") from error
     return sock
 
 
@@ -161,6 +167,32 @@ def read_pem(setting: str, path: str, *, secret: bool = False) -> bytes:
     if len(data) > MAX_PEM_BYTES:
         raise ConfigError(f"{setting}: {path}: larger than {MAX_PEM_BYTES} bytes")
     return data
+
+
+def server_context(section: str, certificate: str, key: str, client_ca: str) -> ssl.SSLContext:
+    """Return the TLS 1.3 context of a listener that demands client certificates.
+
+    Args:
+        section: of the configuration, for the error.
+        certificate: path of the PEM chain.
+        key: path of its PEM key.
+        client_ca: path of the PEM certificates of CAs.
+
+    Raises:
+        ConfigError: one of them is no PEM of its kind, or the key is not the certificate's.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_cert_chain(certificate, key, password="")  # none: an encrypted key must not ask the terminal
+    except (ssl.SSLError, OSError, ValueError) as error:
+        raise ConfigError(f"{section}.key: it is not the unencrypted key of {section}.certificate ({error})") from error
+    try:
+        context.load_verify_locations(client_ca)
+    except (ssl.SSLError, OSError, ValueError) as error:
+        raise ConfigError(f"{section}.client_ca: no PEM certificates ({error})") from error
+    return context
 
 
 def trust_store(settings: Settings) -> TrustStore:
@@ -211,9 +243,13 @@ def gateway_spec(settings: Settings, listener: socket.socket) -> tuple[ChildSpec
         "key": seal_bytes("key", read_pem("inference.key", inference.key, secret=True)),
         "client_ca": seal_bytes("client_ca", read_pem("inference.client_ca", inference.client_ca)),
     }
+    # The gateway does this again; here it is an error that an operator sees, there it would be a crash loop.
+    server_context("inference", *(f"/proc/self/fd/{file.fd}" for file in sealed.values()))
     tokens = None
     if inference.tokens:
-        sealed["jwks"] = seal_bytes("jwks", read_pem("inference.tokens.jwks", inference.tokens.jwks))
+        jwks = read_pem("inference.tokens.jwks", inference.tokens.jwks)
+        parse_jwks(jwks)
+        sealed["jwks"] = seal_bytes("jwks", jwks)
         tokens = messages.TokenRules(inference.tokens.audience, inference.tokens.issuer, inference.tokens.roles_claim)
     start = messages.GatewayStart(
         node=settings.node.id,
