@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
-import yaml
 from msgspec import Meta
 
+from agent import strict_yaml
 from agent.errors import ConfigError
 from agent.records import canonical
 
@@ -253,32 +253,11 @@ def load(path: Path) -> Settings:
     if len(text) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
     try:
-        document = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 -- a SafeLoader that also refuses duplicates
-        settings = msgspec.convert(document, Settings)
-    except (yaml.YAMLError, msgspec.ValidationError, RecursionError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+        settings = msgspec.convert(strict_yaml.load(text), Settings)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
     _check_listeners(path, settings)
     return _absolute(settings, path.resolve().parent)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML without duplicate keys and without aliases."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(
-                None, None, "aliases are not allowed", parent.start_mark if parent else None
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
 
 
 def split_listen(listen: str) -> tuple[str, int]:

@@ -227,7 +227,7 @@ def append_frame(number: int, event: AuditEvent) -> bytes:
 
 
 def acknowledge_frame(number: int, error: str = "") -> bytes:
-    """Frame that says event ``number`` is recorded, or why it can't be."""
+    """Frame that says that all events up to ``number`` which had not failed are recorded, or why this one can't be."""
     return _HOT.pack(ACKNOWLEDGE, number) + error.encode()
 
 

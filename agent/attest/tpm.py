@@ -106,7 +106,9 @@ class Tpm:
         try:
             self._esys = ESAPI(tcti)
         except RuntimeError as error:  # TSS2_Exception is one, and the loader raises others
-            raise TpmError(f"TPM: no connection over {tcti!r}: {error}") from error
+            raise TpmError(
+                f"TPM: no connection over {tcti!r}: {error}; see 'edgewarden doctor' and tpm.tcti"
+            ) from error
         self._broken = False
         try:
             self._flush_stale()

@@ -30,13 +30,14 @@ from agent import clock
 from agent.attest.log import MeasurementLog, TpmResetError
 from agent.attest.measurement import ZERO_PCR, config_entry
 from agent.attest.tpm import TpmThread
-from agent.audit.log import AuditLog, Space
+from agent.audit.log import AuditLog
 from agent.config import ControlSettings, Environment, Settings
 from agent.control.health import Health, Metrics, health_application
 from agent.control.surface import admin_application, evidence_application
 from agent.daemon.node import Node
 from agent.daemon.provision import (
     Listeners,
+    audit_space,
     bind_listeners,
     child_user,
     gateway_spec,
@@ -47,7 +48,7 @@ from agent.daemon.provision import (
     spki_sha256,
     trust_store,
 )
-from agent.errors import EdgeWardenError, TpmError, VerificationError
+from agent.errors import AuditError, EdgeWardenError, HostError, VerificationError
 from agent.flows.attestation import AttestationFlow
 from agent.flows.dataplane import Dataplane
 from agent.flows.models import ModelKeeper
@@ -75,6 +76,8 @@ PRELOAD: Final = (
 )
 POLICY_OPEN_FILES: Final = 64
 TPM_CHECK_S: Final = 10.0
+TPM_COMMANDS_TO_CONNECT: Final = 6  # the making of the attestation key among them
+MAX_ERROR_CHARS: Final = 2000
 MODEL_RETRY_S: Final = 5.0
 MAX_MODEL_RETRY_S: Final = 60.0
 HEALTH_CHECK_S: Final = 1.0
@@ -123,18 +126,34 @@ class _Agent:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        async with contextlib.AsyncExitStack() as stack:
-            node = await self._build(stack)
-            async with asyncio.TaskGroup() as self._tasks:
-                for service in (self._zygote.run(), node.pool.run(), node.audit.run()):
-                    self._run(service)
-                try:
-                    self._run(self._bring_up(node, stack))
-                    await self._stop.wait()  # counts during a start that does not come to its end, too
-                    await self._shut_down(node)
-                finally:
-                    for task in self._running:
-                        task.cancel()
+        settings = self._settings
+        audit = await AuditLog.open(
+            self._state / "audit",
+            settings.node.id,
+            durability=settings.audit.durability,
+            space=audit_space(settings.audit.max_bytes),
+        )
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                await self._live(stack, audit)
+        except* EdgeWardenError as group:
+            await _record_failure(audit, str(_first(group)))
+            raise
+        finally:
+            await audit.close()
+
+    async def _live(self, stack: contextlib.AsyncExitStack, audit: AuditLog) -> None:
+        node = await self._build(stack, audit)
+        async with asyncio.TaskGroup() as self._tasks:
+            for service in (self._zygote.run(), node.pool.run(), audit.run()):
+                self._run(service)
+            try:
+                self._run(self._bring_up(node, stack))
+                await self._stop.wait()  # counts during a start that does not come to its end, too
+                await self._shut_down(node)
+            finally:
+                for task in self._running:
+                    task.cancel()
 
     def _run(self, work: Coroutine[Any, Any, object]) -> None:
         """Run work until the end of the process: its failure is the process's."""
@@ -142,20 +161,16 @@ class _Agent:
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _build(self, stack: contextlib.AsyncExitStack) -> Node:
+    async def _build(self, stack: contextlib.AsyncExitStack, audit: AuditLog) -> Node:
         """Open everything that needs no other; what was opened is closed in the reverse order."""
         settings = self._settings
         health = Health()
         health.report("live", holds=True, why="the control plane runs")
         health.report("connected", holds=False, why="no controller is configured")
-        audit = await AuditLog.open(
-            self._state / "audit",
-            settings.node.id,
-            durability=settings.audit.durability,
-            space=Space(budget_bytes=settings.audit.max_bytes),
+        timeout_s = settings.tpm.timeout_ms / 1000
+        tpm = TpmThread(
+            settings.tpm.tcti, call_timeout_s=timeout_s, connect_timeout_s=TPM_COMMANDS_TO_CONNECT * timeout_s
         )
-        stack.push_async_callback(audit.close)
-        tpm = TpmThread(settings.tpm.tcti, call_timeout_s=settings.tpm.timeout_ms / 1000)
         stack.push_async_callback(tpm.close)
         start = bytes.fromhex(settings.tpm.start_value) if settings.tpm.start_value else ZERO_PCR
         log = await MeasurementLog.open(tpm, self._state / "measurements", settings.tpm.pcr, start)
@@ -266,19 +281,11 @@ class _Agent:
         while True:
             await asyncio.sleep(TPM_CHECK_S)
             try:
-                async with node.attestation.log.locked() as now:
-                    clock_info = await node.attestation.tpm.call(lambda tpm: tpm.clock())
-                    value = await node.attestation.tpm.call(lambda tpm: tpm.read_pcrs([node.attestation.log.pcr]))
-                if clock_info.reset_count != now.reset_count:
-                    raise TpmResetError("the TPM was reset under the running agent")
-                if value[node.attestation.log.pcr] != now.value:
-                    raise VerificationError("measurement-log", "the PCR no longer holds what the log says")
-                node.health.report("attested", holds=True, why="the measurement log and the TPM agree")
+                await node.check_attested()
             except TpmResetError:
                 raise
-            except (TpmError, VerificationError) as error:
-                if node.health.report("attested", holds=False, why=str(error)):
-                    _log.error("attestation_lost", error=str(error))
+            except (HostError, VerificationError):
+                continue  # the health says it, and nothing is measured meanwhile
 
     async def _retry_models(self, node: Node) -> None:
         """Take up again what failed for a reason of the host's."""
@@ -298,6 +305,8 @@ class _Agent:
                 if holds
             ]
             node.health.detail("crash_loops", list(loops))
+            # Also without a record to write: a full disk that has room again is news.
+            node.health.report("log_durable", holds=node.audit.durable, why=node.audit.failure or "records are durable")
             await asyncio.sleep(min(self._watchdog_s, HEALTH_CHECK_S))
 
     async def _shut_down(self, node: Node) -> None:
@@ -305,6 +314,19 @@ class _Agent:
         node.health.report("ready", holds=False, why="the agent is stopping")
         await node.dataplane.drain(self._settings.inference.drain_timeout_ms / 1000)
         await node.record(AuditEvent(kind="node.stop", time_us=clock.now_us(), outcome="ok", principal="edgewarden"))
+
+
+async def _record_failure(audit: AuditLog, error: str) -> None:
+    """Record what ends the agent, where the log can still take it."""
+    failure = AuditEvent(
+        kind="node.fail",
+        time_us=clock.now_us(),
+        outcome="failed",
+        principal="edgewarden",
+        error=error[:MAX_ERROR_CHARS],
+    )
+    with contextlib.suppress(AuditError):
+        await audit.append(failure)
 
 
 async def _logged(work: Coroutine[Any, Any, None], **fields: str) -> bool:

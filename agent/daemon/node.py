@@ -10,6 +10,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ import structlog
 from agent import clock, messages
 from agent.audit.log import AuditLog
 from agent.control.health import Health, Metrics
-from agent.errors import PeerError
+from agent.errors import HostError, PeerError, VerificationError
 from agent.flows.attestation import AttestationFlow
 from agent.flows.dataplane import Dataplane
 from agent.flows.models import ModelKeeper
@@ -60,14 +61,17 @@ class Node:
             future = self.audit.append(event)
         finally:
             self.report_log()
-        future.add_done_callback(lambda _: self.report_log())
+        if not future.done():
+            future.add_done_callback(lambda _: self.report_log())
         return future
 
     def report_log(self) -> None:
         """Report the fact ``log_durable``. In buffered mode no record's future knows it; and it may change while nothing is recorded."""
+        if self.health["log_durable"].holds == self.audit.durable:
+            return
         why = self.audit.failure or "records can be made durable"
-        if self.health.report("log_durable", holds=self.audit.durable, why=why):
-            _log.info("log_durable" if self.audit.durable else "log_not_durable", why=why)
+        self.health.report("log_durable", holds=self.audit.durable, why=why)
+        _log.info("log_durable" if self.audit.durable else "log_not_durable", why=why)
 
     @property
     def policy_sha256(self) -> str:
@@ -135,8 +139,26 @@ class Node:
             raise PeerError(403, "policy", f"{action} is denied to {principal.id}: {reasons}")
 
     async def evidence(self, nonce: bytes, from_index: int, peer_spki_sha256: str | None) -> bytes:
-        """Return Evidence as JSON."""
+        """Return Evidence as JSON; there is none while the log and the TPM differ."""
+        await self.check_attested()
         return await self.attestation.evidence(nonce, from_index, peer_spki_sha256)
+
+    async def check_attested(self) -> None:
+        """Keep the fact ``attested``: the TPM answers and holds what the log says.
+
+        Raises:
+            VerificationError, TpmError, HostError: it does not.
+        """
+        try:
+            await self.attestation.log.check()
+        except (HostError, VerificationError) as error:
+            self._attested(holds=False, why=str(error))
+            raise
+        self._attested(holds=True, why="the measurement log and the TPM agree")
+
+    def _attested(self, *, holds: bool, why: str) -> None:
+        if self.health.report("attested", holds=holds, why=why):
+            _log.log(logging.INFO if holds else logging.ERROR, "attested" if holds else "attestation_lost", why=why)
 
     async def ak_public(self) -> bytes:
         """Return the attestation key's public part."""

@@ -25,6 +25,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from agent import messages
+from agent.audit.log import Space
 from agent.config import Settings, split_listen
 from agent.errors import ConfigError, HostError
 from agent.identity.token import parse_jwks
@@ -35,6 +36,7 @@ from agent.isolation.supervisor import ChildSpec
 
 __all__ = [
     "Listeners",
+    "audit_space",
     "bind_listeners",
     "child_user",
     "gateway_spec",
@@ -47,6 +49,8 @@ __all__ = [
 ]
 
 MAX_PEM_BYTES = 1 << 20
+AUDIT_SEGMENTS = 8  # at least, in the budget
+LARGEST_AUDIT_SEGMENT_BYTES = 16 << 20
 GATEWAY_OPEN_FILES_BASE = 1024
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -126,6 +130,12 @@ def _bind_unix(path: Path, mode: int) -> socket.socket:
         sock.close()
         raise HostError(f"{path}: {error.strerror or error}") from error
     return sock
+
+
+def audit_space(budget_bytes: int) -> Space:
+    """Divide the audit log's disk space; a small budget has small segments, so that history goes in small steps."""
+    segment_bytes = min(LARGEST_AUDIT_SEGMENT_BYTES, budget_bytes // AUDIT_SEGMENTS)
+    return Space(segment_bytes=segment_bytes, budget_bytes=budget_bytes)
 
 
 def lock_state(directory: Path) -> int:

@@ -84,6 +84,7 @@ class Dataplane:
         self._policy_data: SealedFile | None = None
         self._policy_sha256 = ""
         self._channel: AsyncChannel | None = None
+        self._acknowledger: _Acknowledger | None = None
         self._child: ChildHandle | None = None
         self._workers: Subscription | None = None
         self._ready = asyncio.Event()
@@ -163,7 +164,7 @@ class Dataplane:
         child = await self._zygote.spawn(self._spec)
         self._drained.clear()
         channel = AsyncChannel(child.sock, self._frame, lambda: self._lost(child))
-        self._child, self._channel = child, channel
+        self._child, self._channel, self._acknowledger = child, channel, _Acknowledger(channel)
         if self._policy_data:
             self._tell(messages.PolicyData(self._policy_sha256), self._policy_data.fd)
         self._tell(self._facts)
@@ -257,24 +258,12 @@ class Dataplane:
             raise IsolationError(f"not an audit event: {error}") from error
         if event.kind not in messages.GATEWAY_KINDS:
             raise IsolationError(f"a gateway may not record {event.kind!r}")
-        channel = self._channel
+        if self._acknowledger is None:
+            return
         try:
-            self._hooks.record(event).add_done_callback(lambda done: self._acknowledge(channel, number, done))
+            self._acknowledger.follow(number, self._hooks.record(event))
         except AuditError as error:
-            self._answer(channel, number, str(error))
-
-    def _acknowledge(self, channel: AsyncChannel | None, number: int, done: asyncio.Future[Any]) -> None:
-        if done.cancelled():
-            self._answer(channel, number, "the log was closed")
-            return
-        failure = done.exception()
-        self._answer(channel, number, "" if failure is None else str(failure) or type(failure).__name__)
-
-    def _answer(self, channel: AsyncChannel | None, number: int, error: str) -> None:
-        if channel is None or channel.closed:
-            return
-        with contextlib.suppress(IsolationError):
-            channel.send(messages.acknowledge_frame(number, error))
+            self._acknowledger.refuse(number, str(error))
 
     def _message(self, message: messages.GatewayMessage) -> None:
         match message:
@@ -312,3 +301,44 @@ class Dataplane:
             self._child.kill()
         self._channel = self._child = None
         self._hooks.statistics(None)
+
+
+class _Acknowledger:
+    """Tells one gateway what became of its events: the log settles them in their order, so one frame a turn of the loop speaks for all."""
+
+    def __init__(self, channel: AsyncChannel) -> None:
+        self._channel = channel
+        self._recorded = 0  # the last event of those that shall be acknowledged
+        self._scheduled = False
+
+    def follow(self, number: int, recorded: asyncio.Future[Any]) -> None:
+        """Acknowledge an event when it is recorded."""
+        if recorded.done():
+            self._settle(number, recorded)
+        else:
+            recorded.add_done_callback(lambda done: self._settle(number, done))
+
+    def refuse(self, number: int, error: str) -> None:
+        """Say that an event can't be recorded."""
+        self._send(messages.acknowledge_frame(number, error))
+
+    def _settle(self, number: int, recorded: asyncio.Future[Any]) -> None:
+        if recorded.cancelled():
+            self.refuse(number, "the log was closed")
+        elif (failure := recorded.exception()) is not None:
+            self.refuse(number, str(failure) or type(failure).__name__)
+        else:
+            self._recorded = number
+            if not self._scheduled:
+                self._scheduled = True
+                asyncio.get_running_loop().call_soon(self._acknowledge)
+
+    def _acknowledge(self) -> None:
+        self._scheduled = False
+        self._send(messages.acknowledge_frame(self._recorded))
+
+    def _send(self, frame: bytes) -> None:
+        # A gateway that is gone waits for nothing any more.
+        if not self._channel.closed:
+            with contextlib.suppress(IsolationError):
+                self._channel.send(frame)

@@ -128,7 +128,7 @@ class ModelKeeper:
         """Bring every package of the store, and every one that is loaded or that the log calls in force, up to date.
 
         Raises:
-            TpmError, HostError, AuditError: as :meth:`changed`, the first of them, once all packages were looked at.
+            TpmError, HostError, AuditError, VerificationError: as :meth:`changed`, the first, once all packages were looked at.
         """
         present = await asyncio.to_thread(_packages, self._store)
         await self._all_changed({*present, *self._in_force, *self._refused})
@@ -137,11 +137,11 @@ class ModelKeeper:
         await self._all_changed(claimed - self._in_force.keys())
 
     async def _all_changed(self, keys: set[tuple[str, str]]) -> None:
-        failures: list[HostError] = []
+        failures: list[HostError | VerificationError] = []
         for name, version in sorted(keys):
             try:
                 await self.changed(name, version)
-            except HostError as error:
+            except (HostError, VerificationError) as error:
                 failures.append(error)
         if failures:
             raise failures[0]
@@ -150,7 +150,7 @@ class ModelKeeper:
         """Look again at what the node itself failed at, and at what a new gateway could not take.
 
         Raises:
-            TpmError, HostError, AuditError: it fails again.
+            TpmError, HostError, AuditError, VerificationError: it fails again.
         """
         async with self._turn:
             for name, version in sorted(self._in_force.keys() - self._dataplane.models.keys()):
@@ -163,6 +163,7 @@ class ModelKeeper:
 
         Raises:
             TpmError, HostError, AuditError: a step of ours failed; the package is not loaded.
+            VerificationError: the measurement log was tampered with; nothing is loaded any more.
         """
         async with self._turn:
             # Until every step is done; an error on the way leaves it so.

@@ -8,13 +8,15 @@ The steps, in this order, at boot and at each activation:
 4. record: the audit log holds it.
 5. activate: all askers get workers of the new template; the native limits follow; the bundle is kept as the last known good.
 
-A bundle that fails at any step leaves the old one in force, untouched.
+A bundle that fails at any step leaves the old one in force, untouched; where it had been measured already, the old one is measured again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
@@ -25,13 +27,13 @@ import structlog
 from agent import clock
 from agent.attest.log import MeasurementLog
 from agent.attest.measurement import policy_entry
-from agent.errors import HostError, PolicyError, VerificationError
+from agent.errors import EdgeWardenError, HostError, PolicyError, VerificationError
 from agent.flows.dataplane import Dataplane
 from agent.flows.models import ModelHooks
 from agent.flows.policy_data import AREAS, PolicyData
 from agent.isolation.memfd import seal_bytes
-from agent.policy.bundle import Bundle
-from agent.policy.last_good import load_last_good, save_last_good
+from agent.policy.bundle import MAX_BUNDLE_BYTES, Bundle
+from agent.policy.last_good import LAST_GOOD_FILE, commit, load_last_good, stage
 from agent.policy.pool import Activation, PolicyPool
 from agent.records import AuditEvent, JsonValue, Principal
 
@@ -77,68 +79,93 @@ class PolicyKeeper:
         return {"revision": self._active.revision, "sha256": self._active.sha256}
 
     async def start(self, configured: Path) -> None:
-        """Activate the bundle for this start.
+        """Activate a bundle for this start: the configured one where it is new, else the last known good; the other where that is refused.
 
         Raises:
-            PolicyError, VerificationError: it is refused.
+            PolicyError: both are refused, or the only one.
             HostError: a file can't be read or written.
         """
-        self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        data = await asyncio.to_thread(self._choose, configured)
-        await self.activate(data, Principal(id="edgewarden", kind="unix", roles=("node",)))
+        candidates = await asyncio.to_thread(self._candidates, configured)
+        for path, data in candidates:
+            self._configured_digest = hashlib.sha256(data).hexdigest() if path == configured else ""
+            try:
+                await self.activate(data, Principal(id="edgewarden", kind="unix", roles=("node",)))
+            except (PolicyError, VerificationError) as error:
+                if path == candidates[-1][0]:
+                    raise PolicyError(f"{path}: {error}") from error
+                _log.error("policy_refused", path=str(path), error=str(error))
+            else:
+                return
 
     async def activate(self, data: bytes, principal: Principal) -> dict[str, JsonValue]:
         """Take a bundle through all steps.
 
         Raises:
             PolicyError, VerificationError: it is refused; the old one stays in force.
+            HostError: the node could not do a step; the old one stays in force.
         """
         async with self._turn:
             native = b""
+            measured = False
 
             async def before_use(activation: Activation) -> None:
-                # 3. measure, 4. record; the workers follow, and nothing can fail any more once the bundle is kept.
+                nonlocal measured
+                await asyncio.to_thread(self._stage, data)
+                # 3. measure, 4. record; what follows needs no space on the disk.
+                measured = True
                 await self._log.append(policy_entry(activation.revision, bytes.fromhex(activation.sha256)))
                 await self._record("ok", principal, activation)
-                await asyncio.to_thread(self._keep, data)
+                await asyncio.to_thread(self._keep)
                 self._dataplane.set_policy_data(activation.sha256, seal_bytes("policy-data", native))
 
             try:
                 native = await asyncio.to_thread(_native, data, self._trusted)
                 self._active = await self._pool.activate(data, before_use)
-            except (PolicyError, VerificationError) as error:
-                await self._record("refused", principal, error=str(error))
+            except EdgeWardenError as error:
+                if measured and self._active is not None:
+                    # The log must not go on saying that the new one is in force.
+                    await self._log.append(policy_entry(self._active.revision, bytes.fromhex(self._active.sha256)))
+                refused = isinstance(error, PolicyError | VerificationError)
+                await self._record("refused" if refused else "failed", principal, error=str(error))
                 raise
             return self.status()
 
-    def _choose(self, configured: Path) -> bytes:
-        """The configured bundle where it is new since it was last taken up, else the last known good."""
-        kept = load_last_good(self._state)
+    def _candidates(self, configured: Path) -> list[tuple[Path, bytes]]:
+        """Return the bundles that may be put in force, the first choice first."""
         try:
-            data = configured.read_bytes()
+            self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            known = _read(self._state / CONFIGURED_MARKER)
         except OSError as error:
-            if kept is None:
+            raise HostError(f"{self._state}: {error.strerror}") from error
+        kept = load_last_good(self._state)
+        last_good = [] if kept is None else [(self._state / LAST_GOOD_FILE, kept)]
+        try:
+            data = _read(configured)
+            if data is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        except OSError as error:
+            if not last_good:
                 raise HostError(f"policy.bundle: {configured}: {error.strerror}") from error
             _log.warning("configured_policy_unreadable", path=str(configured), error=error.strerror)
-            return kept
-        marker = self._state / CONFIGURED_MARKER
-        known = marker.read_text() if marker.exists() else ""
-        digest = hashlib.sha256(data).hexdigest()
-        if kept is not None and known == digest:
-            return kept
-        self._configured_digest = digest
-        return data
+            return last_good
+        is_new = known != hashlib.sha256(data).hexdigest().encode()
+        return [(configured, data), *last_good] if is_new else [*last_good, (configured, data)]
 
-    def _keep(self, data: bytes) -> None:
-        save_last_good(self._state, data)
+    def _stage(self, data: bytes) -> None:
+        stage(self._state, LAST_GOOD_FILE, data)
+        if self._configured_digest:
+            stage(self._state, CONFIGURED_MARKER, self._configured_digest.encode())
+
+    def _keep(self) -> None:
+        commit(self._state, LAST_GOOD_FILE)
         if self._configured_digest:
             # After the bundle: a crash in between takes the configured bundle up once more.
-            (self._state / CONFIGURED_MARKER).write_text(self._configured_digest)
+            commit(self._state, CONFIGURED_MARKER)
             self._configured_digest = ""
 
     async def _record(
         self,
-        outcome: Literal["ok", "refused"],
+        outcome: Literal["ok", "refused", "failed"],
         principal: Principal,
         activation: Activation | None = None,
         *,
@@ -157,6 +184,15 @@ class PolicyKeeper:
                 error=error,
             )
         )
+
+
+def _read(path: Path) -> bytes | None:
+    """Read a file up to one byte more than a bundle can have; None when there is none."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BUNDLE_BYTES + 1)
+    except FileNotFoundError:
+        return None
 
 
 def _native(data: bytes, trusted: Sequence[bytes]) -> bytes:

@@ -1,10 +1,13 @@
-"""The gateway's side of the audit log: events go to the agent, acknowledgements come back in order of their numbers.
+"""The gateway's side of the audit log: events go to the agent, which settles them in the order of their numbers.
 
 Rules:
 
-1. In ``strict`` mode an answer waits for its record; a record that fails, or a channel that closes, refuses the answer.
-2. In ``buffered`` mode nothing waits; once a record has failed, answers are refused until one succeeds again.
-3. At most :data:`MAX_OUTSTANDING` records wait for their acknowledgement; past that, requests are refused.
+1. In ``strict`` mode an answer waits for its record, which is sent in the same turn of the loop; a record that fails, or a channel that
+   closes, refuses the answer.
+2. In ``buffered`` mode nothing waits, and events are sent together every :data:`COLLECT_S`: to wake the agent is what costs. That is what
+   the death of the gateway may lose. Once a record has failed, answers are refused until one succeeds again.
+3. A success settles every event up to its number that had not failed before; a failure settles its own event.
+4. At most :data:`MAX_OUTSTANDING` records wait for their acknowledgement; past that, requests are refused.
 """
 
 import asyncio
@@ -14,13 +17,15 @@ from agent.errors import AuditError, IsolationError
 from agent.messages import append_frame
 from agent.records import AuditEvent
 
-__all__ = ["MAX_OUTSTANDING", "AuditClient"]
+__all__ = ["COLLECT_S", "MAX_OUTSTANDING", "AuditClient"]
 
+COLLECT_S = 0.01
+MAX_COLLECTED = 256  # events that go at once
 MAX_OUTSTANDING = 8192
 
 
 class AuditClient:
-    """Records events through the agent.
+    """Records events through the agent. Made and used within a running event loop.
 
     Args:
         send: queues a frame to the agent.
@@ -31,7 +36,8 @@ class AuditClient:
         self._send = send
         self._strict = strict
         self._number = 0
-        self._waiting: dict[int, asyncio.Future[None] | None] = {}
+        self._waiting: dict[int, asyncio.Future[None] | None] = {}  # by number, in their order
+        self._collected: list[bytes] = []
         self._failure = ""
 
     def append(self, event: AuditEvent) -> asyncio.Future[None] | None:
@@ -43,24 +49,47 @@ class AuditClient:
         if len(self._waiting) >= MAX_OUTSTANDING:
             raise AuditError(f"{MAX_OUTSTANDING} records wait for the audit log")
         self._number += 1
-        try:
-            self._send(append_frame(self._number, event))
-        except IsolationError as error:
-            raise AuditError(f"the audit log is out of reach: {error}") from error
-        future = asyncio.get_running_loop().create_future() if self._strict else None
-        self._waiting[self._number] = future
-        if not self._strict and self._failure:
+        frame = append_frame(self._number, event)
+        if self._strict:
+            return self._append_now(frame)
+        self._waiting[self._number] = None
+        self._collected.append(frame)
+        if len(self._collected) == 1:
+            asyncio.get_running_loop().call_later(COLLECT_S, self.flush)
+        elif len(self._collected) == MAX_COLLECTED:
+            self.flush()
+        if self._failure:
             raise AuditError(self._failure)
+        return None
+
+    def _append_now(self, frame: bytes) -> asyncio.Future[None]:
+        try:
+            self._send(frame)
+        except IsolationError as error:
+            raise _unreachable(error) from error
+        future = self._waiting[self._number] = asyncio.get_running_loop().create_future()
         return future
 
+    def flush(self) -> None:
+        """Send what is collected."""
+        collected, self._collected = self._collected, []
+        try:
+            for frame in collected:
+                self._send(frame)
+        except IsolationError as error:
+            self._failure = str(_unreachable(error))
+
     def acknowledged(self, number: int, error: str) -> None:
-        """Take the agent's word on one record."""
+        """Take the agent's word on one record, or on all up to one."""
         self._failure = error
-        future = self._waiting.pop(number, None)
-        if future is not None and not future.done():
-            if error:
+        if error:
+            future = self._waiting.pop(number, None)
+            if future is not None and not future.done():
                 future.set_exception(AuditError(error))
-            else:
+            return
+        while self._waiting and (first := next(iter(self._waiting))) <= number:
+            future = self._waiting.pop(first)
+            if future is not None and not future.done():
                 future.set_result(None)
 
     def close(self) -> None:
@@ -69,3 +98,7 @@ class AuditClient:
             if future is not None and not future.done():
                 future.set_exception(AuditError("the agent is gone"))
         self._waiting.clear()
+
+
+def _unreachable(error: IsolationError) -> AuditError:
+    return AuditError(f"the audit log is out of reach: {error}")

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -94,18 +95,31 @@ class Counters:
     EDGES = (100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 1_000_000)
 
     def __init__(self) -> None:
-        self.values: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
+        self._latency: dict[str, list[int]] = {}  # by stage: requests in each bucket, then the sum
+
+    @property
+    def values(self) -> dict[str, int]:
+        """All counters by key. Keys are made here, once a report, and not once a request."""
+        values = dict(self._counts)
+        for stage, buckets in self._latency.items():
+            for edge, count in zip((*self.EDGES, "+Inf", "sum"), buckets, strict=True):
+                if count:
+                    values[f"latency|le={edge}|stage={stage}"] = count
+        return values
 
     def count(self, key: str, by: int = 1) -> None:
         """Add to a counter."""
-        self.values[key] = self.values.get(key, 0) + by
+        self._counts[key] = self._counts.get(key, 0) + by
 
     def observe(self, latency_us: Mapping[str, int]) -> None:
         """Add a request's latency split to the histograms."""
         for stage, micros in latency_us.items():
-            edge = next((str(edge) for edge in self.EDGES if micros <= edge), "+Inf")
-            self.count(f"latency|le={edge}|stage={stage}")
-            self.count(f"latency|le=sum|stage={stage}", micros)
+            buckets = self._latency.get(stage)
+            if buckets is None:
+                buckets = self._latency[stage] = [0] * (len(self.EDGES) + 2)
+            buckets[bisect_left(self.EDGES, micros)] += 1
+            buckets[-1] += micros
 
 
 @dataclass(slots=True)
@@ -123,6 +137,11 @@ class _Trace:
     sanitizer: str = ""
     latency_us: dict[str, int] = field(default_factory=dict)
     mark_ns: int = field(default_factory=time.perf_counter_ns)
+
+    @property
+    def account(self) -> str:
+        """Whom limits are charged to: an id is unique only among principals that were proved the same way."""
+        return f"{self.principal.kind}:{self.principal.id}"
 
     def stage(self, name: str) -> None:
         """End a stage of the latency split."""
@@ -202,12 +221,12 @@ class RequestFlow:
         limit = self.admission.limit(name)
         most = min(limit.max_bytes, self.max_body_bytes)
         check_size(wire.announced_bytes, most)
-        with self.bodies.reserve(trace.principal.id, most if wire.announced_bytes is None else wire.announced_bytes):
+        with self.bodies.reserve(trace.account, most if wire.announced_bytes is None else wire.announced_bytes):
             body = await wire.read(most)
         trace.stage("read")
         now = clock.monotonic_us()
-        rate = self.admission.observe(trace.principal.id, now)
-        with await self.admission.enter(trace.principal.id, name, now):
+        rate = self.admission.observe(trace.account, now)
+        with await self.admission.enter(trace.account, name, now):
             loaded = self._find(trace, model, version)
             trace.stage("admit")
             # 3. decode
@@ -220,7 +239,7 @@ class RequestFlow:
             answer = await self._authorize(trace, loaded, asked)
             decided = answer.decision.obligations.limit
             if decided is not None and decided != name:
-                self.admission.narrow(trace.principal.id, decided, now)
+                self.admission.narrow(trace.account, decided, now)
             trace.stage("policy")
             # 5. sanitize
             data = self._data_of(answer)
@@ -253,11 +272,10 @@ class RequestFlow:
         try:
             trace.principal = self._identify(caller)
             now = clock.monotonic_us()
-            rate = self.admission.observe(trace.principal.id, now)
-            with await self.admission.enter(trace.principal.id, self.data.limit_for(trace.principal), now):
+            rate = self.admission.observe(trace.account, now)
+            with await self.admission.enter(trace.account, self.data.limit_for(trace.principal), now):
                 loaded = self._find(trace, model, version) if model else None
-                if loaded:
-                    await self._authorize(trace, loaded, {"rate": rate})
+                await self._authorize(trace, loaded, {"rate": rate})
                 await self._kept(trace.event("metadata", "ok"))
         except PeerError as error:
             await self._refuse(trace, error)
@@ -296,24 +314,28 @@ class RequestFlow:
         trace.loaded, trace.model, trace.version = loaded, loaded.manifest.name, loaded.manifest.version
         return loaded
 
-    async def _authorize(self, trace: _Trace, loaded: LoadedModel, asked: dict[str, Any]) -> PolicyAnswer:
+    async def _authorize(self, trace: _Trace, loaded: LoadedModel | None, asked: dict[str, Any]) -> PolicyAnswer:
         """Ask the policy; what is unknown is absent from its input, version 1."""
-        manifest, facts = loaded.manifest, self.facts
+        facts = self.facts
         node: dict[str, Any] = {"id": self.node, "trust": facts.trust, "posture": facts.posture}
         if facts.attested_age_s is not None:
             node["attested_age_s"] = facts.attested_age_s
+        about: dict[str, Any] = {}
+        if loaded is not None:
+            manifest = loaded.manifest
+            about["resource"] = {
+                "model": manifest.name,
+                "version": manifest.version,
+                "digest": loaded.sha256,
+                "signer": loaded.signer,
+                "measured": True,
+                "sensitivity": manifest.sensitivity,
+            }
         answer = trace.answer = await self.policy.decide(
             {
+                **about,
                 "subject": msgspec.structs.asdict(trace.principal),
                 "action": trace.action,
-                "resource": {
-                    "model": manifest.name,
-                    "version": manifest.version,
-                    "digest": loaded.sha256,
-                    "signer": loaded.signer,
-                    "measured": True,
-                    "sensitivity": manifest.sensitivity,
-                },
                 "request": {**asked, "source_ip": trace.source_ip, "time": clock.rfc3339(trace.began_us)},
                 "node": node,
             }

@@ -23,7 +23,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-__all__ = ["ConnectionLimits", "Front"]
+__all__ = ["ConnectionLimits", "Front", "source_address"]
 
 MAX_HEADER_LINE_BYTES = 8190
 MAX_HEADERS = 64
@@ -118,7 +118,7 @@ class Front(web.Server):
                     ACCEPT_RETRY_S
                 )  # no descriptor or no memory is left for now, or the client has gone already
                 continue
-            source = str(peer[0])
+            source = _plain(str(peer[0]))
             if reason := self._full(source):
                 self._refused(reason, source)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
@@ -150,7 +150,7 @@ class Front(web.Server):
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         """Start the header clock of a connection whose handshake is complete."""
         super().connection_made(handler, transport)
-        self._source_of[handler] = str(transport.get_extra_info("peername")[0])
+        self._source_of[handler] = source_address(transport)
         self._watched[handler] = asyncio.get_running_loop().call_later(self._limits.header_s, self._cut, handler)
 
     def request_began(self, handler: RequestHandler) -> None:
@@ -177,3 +177,14 @@ class Front(web.Server):
         self._refused("header_timeout", self._source_of[handler])
         if handler.transport is not None:
             handler.transport.abort()
+
+
+def source_address(transport: asyncio.BaseTransport) -> str:
+    """Return the peer's address."""
+    peer = transport.get_extra_info("peername")
+    return _plain(str(peer[0])) if isinstance(peer, tuple) else ""
+
+
+def _plain(address: str) -> str:
+    """Write IPv4 as plain IPv4 also where it came through an IPv6 socket, so that one host has one address."""
+    return address.removeprefix("::ffff:")

@@ -22,7 +22,7 @@ from agent import __version__
 from agent.errors import PeerError
 from agent.flows.request import Answer, Caller, RequestFlow
 from agent.gateway import oip
-from agent.gateway.connections import Front
+from agent.gateway.connections import Front, source_address
 from agent.inference.registry import LoadedModel
 from agent.inference.tensors import InferRequest, InferResponse
 
@@ -207,11 +207,10 @@ def _caller(request: web.BaseRequest) -> Caller:
     if transport is None:
         raise PeerError(400, "gone", "the connection has ended")
     tls = transport.get_extra_info("ssl_object")
-    peer = transport.get_extra_info("peername")
     return Caller(
         certificate=tls.getpeercert(binary_form=True) if tls else None,
         authorization=request.headers.get("Authorization"),
-        source_ip=str(peer[0]) if isinstance(peer, tuple) else "",
+        source_ip=source_address(transport),
     )
 
 

@@ -207,6 +207,7 @@ class Gateway:
             await asyncio.wait_for(self._routes.idle.wait(), timeout_s)
         await self._front.shutdown(timeout=1.0)
         await self._flow.note_refusals()
+        self._audit.flush()
         self._report(messages.Drained())
         await asyncio.sleep(0)
         self._drained.set()
@@ -214,8 +215,9 @@ class Gateway:
     async def _report_regularly(self) -> None:
         sent: dict[str, int] | None = None
         while True:
-            if sent != self._counters.values:
-                sent = dict(self._counters.values)
+            counters = self._counters.values
+            if sent != counters:
+                sent = counters
                 self._report(messages.Statistics(sent, self._front.open_connections, self._routes.in_work))
             await self._flow.note_refusals()
             await asyncio.sleep(REPORT_INTERVAL_S)

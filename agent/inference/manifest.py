@@ -3,7 +3,7 @@
 Rules:
 
 1. The YAML is read with PyYAML's safe loader, narrowed: at most :data:`MAX_MANIFEST_BYTES`, no aliases (a few hundred
-   bytes of them stand for gigabytes), nesting up to :data:`MAX_DEPTH`, no key twice.
+   bytes of them stand for gigabytes), bounded nesting, no key twice (:mod:`agent.strict_yaml`).
 2. Its shape is validated by ``model.schema.json``; what a schema can't say is checked here: names that occur once, an
    image input that exists and has room for its channels, ranges that are ranges.
 3. Whatever is wrong is a :class:`~agent.errors.VerificationError` named ``manifest``.
@@ -12,19 +12,18 @@ Rules:
 import json
 import math
 from importlib.resources import files
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import jsonschema
 import msgspec
-import yaml
 from jsonschema.exceptions import best_match
 
+from agent import strict_yaml
 from agent.errors import VerificationError
 from agent.records import TensorSpec
 
 __all__ = [
     "MANIFEST_FILE",
-    "MAX_DEPTH",
     "MAX_LABELS_BYTES",
     "MAX_MANIFEST_BYTES",
     "ImageModality",
@@ -38,7 +37,6 @@ __all__ = [
 
 MANIFEST_FILE = "model.yaml"
 MAX_MANIFEST_BYTES = 64 * 1024
-MAX_DEPTH = 16  # nested YAML collections
 MAX_LABELS_BYTES = 1 << 20
 
 _VALIDATOR = jsonschema.Draft202012Validator(
@@ -127,28 +125,6 @@ def version_key(version: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((1, int(part), "") if part.isdecimal() else (0, 0, part) for part in version.split("."))
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader without what makes a small file large or ambiguous."""
-
-    _depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", None)
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise yaml.constructor.ConstructorError(None, None, f"nested deeper than {MAX_DEPTH}", None)
-        node: yaml.Node | None = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep=deep)
-        if len(mapping) != len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "a key occurs twice", node.start_mark)
-        return mapping
-
-
 def parse_manifest(data: bytes) -> ModelManifest:
     """Parse and check ``model.yaml``.
 
@@ -159,9 +135,9 @@ def parse_manifest(data: bytes) -> ModelManifest:
     if len(data) > MAX_MANIFEST_BYTES:
         raise _wrong(f"{len(data)} bytes, more than {MAX_MANIFEST_BYTES}")
     try:
-        document = yaml.load(data, Loader=_Loader)  # noqa: S506 -- a subclass of the safe loader, narrowed
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: undecodable text, dates that don't exist, huge integers
-        raise _wrong(" ".join(str(error).split())) from error
+        document = strict_yaml.load(data)
+    except ValueError as error:
+        raise _wrong(str(error)) from error
     # 2. The schema.
     problem = best_match(_VALIDATOR.iter_errors(document))
     if problem is not None:

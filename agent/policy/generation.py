@@ -11,7 +11,6 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import os
 from collections.abc import Sequence
@@ -62,8 +61,6 @@ class _Template:
             IsolationError: it died, does not answer, or talks nonsense; it is killed then.
         """
         try:
-            if self.channel.closed:
-                raise IsolationError(f"the policy template died: {await self.handle.wait()}")
             self._reply = asyncio.get_running_loop().create_future()
             return await asyncio.wait_for(self._reply, timeout_s)
         except TimeoutError as error:
@@ -210,10 +207,8 @@ class Generation:
         try:
             return await template.reply(self._load_s)
         except IsolationError as error:
-            with contextlib.suppress(TimeoutError):
-                status = await asyncio.wait_for(template.handle.wait(), 1)
-                raise PolicyError(f"the bundle cannot be loaded: {error} ({status})") from error
-            raise PolicyError(f"the bundle cannot be loaded: {error}") from error
+            template.close()
+            raise PolicyError(f"the bundle cannot be loaded: {error} ({await template.handle.wait()})") from error
 
     def _accept(self, report: Report) -> None:
         match report:

@@ -3,7 +3,8 @@
 Rules:
 
 1. A new bundle is whole on the disk before it takes the old one's name; a crash leaves either.
-2. What is read back is a bundle like any other: it is verified, tried and measured again.
+2. That is done in two steps, so that a policy can be measured in between: what needs space on the disk fails in the first.
+3. What is read back is a bundle like any other: it is verified, tried and measured again.
 """
 
 import os
@@ -12,27 +13,38 @@ from pathlib import Path
 from agent.errors import HostError
 from agent.policy.bundle import MAX_BUNDLE_BYTES
 
-__all__ = ["LAST_GOOD_FILE", "load_last_good", "save_last_good"]
+__all__ = ["LAST_GOOD_FILE", "commit", "load_last_good", "stage"]
 
 LAST_GOOD_FILE = "policy.tar.gz"
 _MODE = 0o600
 
 
-def save_last_good(directory: Path, bundle: bytes) -> None:
-    """Keep a bundle that is in force now.
+def stage(directory: Path, name: str, content: bytes) -> None:
+    """Write the next content of a file beside it, durably.
 
     Raises:
         HostError: the directory cannot be written.
     """
-    target = directory / LAST_GOOD_FILE
-    fresh = directory / f"{LAST_GOOD_FILE}.new"
+    fresh = directory / f"{name}.new"
     try:
         fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, _MODE)
         with os.fdopen(fd, "wb") as file:
-            file.write(bundle)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        fresh.replace(target)
+    except OSError as error:
+        raise HostError(f"{fresh}: the policy in force cannot be kept: {error.strerror}") from error
+
+
+def commit(directory: Path, name: str) -> None:
+    """Put what was staged in its place.
+
+    Raises:
+        HostError: the directory cannot be written.
+    """
+    target = directory / name
+    try:
+        (directory / f"{name}.new").replace(target)
         folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(folder)

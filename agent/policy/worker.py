@@ -33,6 +33,7 @@ from agent.policy.signature import load_crypto
 __all__ = ["Forked", "Loaded", "Refused", "Report", "TemplateArgs", "serve", "template"]
 
 _FRAME_HEADER_BYTES = 4
+_WORKER_FDS = 2
 
 
 class TemplateArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -102,6 +103,8 @@ def _report(channel: Channel, report: Report) -> None:
 
 def _fork(engine: Engine, frame: Frame, opa: OpaAccess | None) -> Report:
     try:
+        if len(frame.fds) != _WORKER_FDS:
+            raise IsolationError(f"a worker has {_WORKER_FDS} descriptors, not {len(frame.fds)}")
         sock_fd, stamp_fd = frame.fds
         run = functools.partial(_work, engine, opa, sock_fd, stamp_fd)
         return Forked(fork_worker(run, keep=frame.fds, connect_port=None if opa is None else opa.port))
@@ -115,8 +118,8 @@ def _work(engine: Engine, opa: OpaAccess | None, sock_fd: int, stamp_fd: int) ->
     # Two processes cannot share a connection to OPA.
     own = engine if opa is None else OpaEngine(opa)
     # Its kind is told, for a worker may not ask the kernel.
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, sock_fd)
-    serve(own, Channel(sock), Stamp(stamp_fd, write=True))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, sock_fd) as sock:
+        serve(own, Channel(sock), Stamp(stamp_fd, write=True))
 
 
 def serve(engine: Engine, channel: Channel, stamp: Stamp) -> None:

@@ -1,13 +1,14 @@
 # METADATA
 # title: The plain inference
 # description: |
-#   The common request in one rule: an IPv4 peer, a role without conditions, a model and a subject of which the policy
+#   The common request in one rule: a role without conditions, a model and a subject of which the policy
 #   says nothing of their own. It is here for speed alone (the embedded engine pays for each rule and each function),
 #   and grants nothing that the row `infer` of `authz` would not: the tests compare both on every generated input.
 #   Whatever it does not recognise as plain falls through to that row. A rule that tightens another package must
 #   tighten this one, or delete this file: `authz` works without it.
 package edgewarden.plain
 
+import data.edgewarden.network
 import data.edgewarden.trust
 
 # A rule without a value of its own ends at the first network that matches. The limit is the default one.
@@ -57,14 +58,12 @@ ok if {
 	level.rank <= models.sensitivity[node.serves[input.node.trust]].rank
 	trust.current(node, resource.sensitivity)
 
-	# 5. The peer's IPv4 address is in an allowed network; inference has no networks of its own and none is denied.
-	network := data.network
-	not network.actions.infer
-	network["default"].deny == []
-	is_string(request.source_ip)
-	not contains(request.source_ip, ":")
-	net.cidr_is_valid(concat("/", [request.source_ip, "32"]))
-	some cidr in network["default"].allow
+	# 5. The peer's address is in an allowed network; inference has no networks of its own and none is denied.
+	networks := data.network
+	not networks.actions.infer
+	networks["default"].deny == []
+	network.is_address(request.source_ip)
+	some cidr in networks["default"].allow
 	net.cidr_contains(cidr, request.source_ip)
 
 	# 6. The request is within the default limit, which bounds no more than size; nobody has a limit of their own.

@@ -14,7 +14,6 @@ test_the_common_request_is_plain if {
 test_what_has_conditions_is_not_plain if {
 	every request in [
 		fixtures.metadata,
-		fixtures.set(fixtures.infer, "/request/source_ip", "::1"),
 		fixtures.set(fixtures.infer, "/subject/roles", ["visitor"]),
 	] {
 		not plain.ok with input as request

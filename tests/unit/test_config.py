@@ -52,10 +52,10 @@ def test_relative_paths_belong_to_the_file(tmp_path):
         ({"node": {"id": "x"}}, "inference"),
         ("node: [", "flow"),
         ("a: &x 1\nb: *x\n", "aliases"),
-        ("node: {id: a, id: b}\n", "duplicate key 'id'"),
+        ("node: {id: a, id: b}\n", "twice: 'id'"),
         ("- 1\n", "array"),
         ("x" * (256 * 1024 + 1), "larger"),
-        ("[" * 5000, "recursion"),
+        ("[" * 5000, "nested deeper"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path, document, words):

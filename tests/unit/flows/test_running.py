@@ -1,89 +1,58 @@
 """Where a model runs."""
 
-import asyncio
 import threading
-from typing import Any
+import time
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from agent.errors import PeerError
-from agent.flows import running
-from agent.flows.running import Runner
-from agent.inference.manifest import ModelManifest
-from agent.inference.registry import LoadedModel
-from agent.inference.session import Session
-from agent.records import TensorSpec
-from tests.support.models import tiny_graph
-
-MANIFEST = ModelManifest("tiny", "1", (TensorSpec("x", "FP32", (-1, 64)),), (TensorSpec("y", "FP32", (-1, 10)),))
-INPUT = {"x": np.zeros((1, 64), np.float32)}
+from agent.flows.running import SLOW_RUN_NS, Runner
 
 
-class Watched:
-    """A real session that remembers on which thread it ran."""
+class Session:
+    """Stands for a session: burns CPU time or sleeps, and tells on which thread."""
 
-    def __init__(self) -> None:
-        self._session = Session(tiny_graph()[0].SerializeToString(), {}, MANIFEST)
-        self.threads: list[str] = []
+    def __init__(self):
+        self.burn_ns = 0
+        self.sleep_s = 0.0
+        self.threads = []
 
     def run(self, inputs):
-        self.threads.append(threading.current_thread().name)
-        return self._session.run(inputs)
-
-
-@pytest.fixture
-def watched():
-    return Watched()
-
-
-@pytest.fixture
-def loaded(watched):
-    session: Any = watched
-    return LoadedModel(session, MANIFEST, "d" * 64, "s" * 64)
+        self.threads.append(threading.current_thread())
+        time.sleep(self.sleep_s)
+        until = time.thread_time_ns() + self.burn_ns
+        while time.thread_time_ns() < until:
+            pass
+        return inputs
 
 
 @pytest.fixture
 def runner():
-    runner = Runner(2)
+    runner = Runner(1)
     yield runner
     runner.close()
 
 
-async def test_a_quick_model_runs_in_the_loop(loaded, runner, watched, monkeypatch):
-    """A model that is quick never pays for a thread."""
-    monkeypatch.setattr(running, "SLOW_RUN_NS", 10**12)
-    for _ in range(3):
-        assert (await runner.run(loaded, INPUT))["y"].shape == (1, 10)
-    assert set(watched.threads) == {threading.current_thread().name}
+async def run(runner, session):
+    await runner.run(SimpleNamespace(sha256="0" * 64, session=session), {})
+    return session.threads[-1] is threading.current_thread()
 
 
-async def test_a_slow_model_runs_in_a_thread_from_its_second_run_on(loaded, runner, watched, monkeypatch):
-    """One slow run teaches; from then on the loop is free while the model runs."""
-    monkeypatch.setattr(running, "SLOW_RUN_NS", -1)
-    first = await runner.run(loaded, INPUT)
-    rest = await asyncio.gather(*(runner.run(loaded, INPUT) for _ in range(3)))
-    assert watched.threads[0] == threading.current_thread().name
-    assert all(name.startswith("infer") for name in watched.threads[1:])
-    for answer in rest:
-        np.testing.assert_array_equal(answer["y"], first["y"])
+async def test_a_model_that_computes_long_leaves_the_loop_and_comes_back_when_it_is_quick(runner):
+    """The last run decides about the next, in both directions."""
+    session = Session()
+    assert await run(runner, session)
+    session.burn_ns = 2 * SLOW_RUN_NS
+    assert await run(runner, session)
+    assert not await run(runner, session)
+    session.burn_ns = 0
+    assert not await run(runner, session)
+    assert await run(runner, session)
 
 
-async def test_what_is_remembered_is_bounded(loaded, runner, watched, monkeypatch):
-    """Digests of slow models are forgotten, the oldest first, so that updates don't fill the memory."""
-    monkeypatch.setattr(running, "SLOW_RUN_NS", -1)
-    monkeypatch.setattr(running, "MEMORY", 1)
-    await runner.run(loaded, INPUT)
-    await runner.run(LoadedModel(loaded.session, MANIFEST, "e" * 64, "s" * 64), INPUT)
-    watched.threads.clear()
-    await runner.run(loaded, INPUT)
-    assert watched.threads == [threading.current_thread().name]
-
-
-async def test_a_refusal_comes_through_a_thread(loaded, runner, monkeypatch):
-    """What the session refuses is the caller's error, wherever it ran."""
-    monkeypatch.setattr(running, "SLOW_RUN_NS", -1)
-    await runner.run(loaded, INPUT)
-    with pytest.raises(PeerError) as refused:
-        await runner.run(loaded, {"x": np.zeros((1, 63), np.float32)})
-    assert refused.value.reason == "shape"
+async def test_a_run_that_had_to_wait_for_the_machine_is_not_slow(runner):
+    """Time in which the thread did not compute does not send a quick model to the threads."""
+    session = Session()
+    session.sleep_s = 2 * SLOW_RUN_NS / 1e9
+    assert await run(runner, session)
+    assert await run(runner, session)

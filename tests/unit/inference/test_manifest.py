@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from agent.errors import VerificationError
 from agent.inference.manifest import (
-    MAX_DEPTH,
     MAX_MANIFEST_BYTES,
     ImageModality,
     ModelManifest,
     parse_manifest,
     version_key,
 )
+from agent.strict_yaml import MAX_DEPTH
 
 TENSOR: dict[str, Any] = {
     "name": "m",
@@ -121,7 +121,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("\x00", "special characters"),
         ("a: b: c", "mapping values"),
         ("x" * (MAX_MANIFEST_BYTES + 1), "more than"),
-        ("? [a]\n: b", "unhashable"),
+        ("? [a]\n: b", "not a scalar"),
         ("a: *nobody", "aliases"),
     ],
 )
