@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives import serialization
 
 from agent import messages
 from agent.audit.log import Space
-from agent.config import Settings, split_listen
+from agent.config import ControlSettings, Settings, split_listen
 from agent.errors import ConfigError, HostError
 from agent.identity.token import parse_jwks
 from agent.inference.signing import TrustStore
@@ -36,12 +36,14 @@ from agent.isolation.supervisor import ChildSpec
 
 __all__ = [
     "Listeners",
+    "Material",
     "audit_space",
     "bind_listeners",
     "child_user",
     "gateway_spec",
     "lock_state",
     "make_directory",
+    "read_material",
     "read_pem",
     "server_context",
     "spki_sha256",
@@ -221,6 +223,56 @@ def spki_sha256(setting: str, certificate: bytes) -> str:
         raise ConfigError(f"{setting}: not a PEM certificate ({error})") from error
     der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(der).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """Every file of the configuration that is read once, at the start.
+
+    Attributes:
+        policy_keys: PEM keys that sign policies; empty where no signature is demanded.
+        model_trust: whose packages count.
+        gateway: how a gateway is started.
+        sealed: what ``gateway`` refers to; stays open as long as gateways are started.
+        inference_spki_sha256: digest of the inference certificate's key.
+        control: TLS of the control listener and the digest of its key, where there is one.
+    """
+
+    policy_keys: tuple[bytes, ...]
+    model_trust: TrustStore
+    gateway: ChildSpec
+    sealed: tuple[SealedFile, ...]
+    inference_spki_sha256: str
+    control: tuple[ssl.SSLContext, str] | None
+
+    def close(self) -> None:
+        """Close the sealed files."""
+        for file in self.sealed:
+            file.close()
+
+
+def read_material(settings: Settings, listener: socket.socket) -> Material:
+    """Read all of it, before anything is measured for a start that can't succeed.
+
+    Raises:
+        ConfigError: a file can't be read, is too open, or is not what it should be.
+    """
+    policy = settings.policy
+    keys = [read_pem("policy.trusted_keys", path) for path in policy.trusted_keys] if policy.require_signature else []
+    trust = trust_store(settings)
+    certificate = read_pem("inference.certificate", settings.inference.certificate)
+    control = _control_tls(settings.control) if settings.control else None
+    spki = spki_sha256("inference.certificate", certificate)
+    spec, sealed = gateway_spec(settings, listener)
+    return Material(tuple(keys), trust, spec, tuple(sealed), spki, control)
+
+
+def _control_tls(control: ControlSettings) -> tuple[ssl.SSLContext, str]:
+    certificate = read_pem("control.certificate", control.certificate)
+    read_pem("control.key", control.key, secret=True)
+    read_pem("control.client_ca", control.client_ca)
+    context = server_context("control", control.certificate, control.key, control.client_ca)
+    return context, spki_sha256("control.certificate", certificate)
 
 
 def child_user(settings: Settings) -> tuple[int, int] | None:
