@@ -2,8 +2,9 @@
 
 Rules:
 
-1. The order of a start: the state is locked, sockets are bound and the zygote is exec'd before any secret or TPM is opened; then audit log, TPM,
-   measurement log, configuration measured, policy, models, gateway. No port is open before the models are handed over.
+1. The order of a start: the state is locked, sockets are bound and the zygote is exec'd before any secret or TPM is opened; then the
+   configuration's files are read and checked; then audit log, TPM, measurement log, configuration measured, policy, models, gateway. No port
+   is open before the models are handed over.
 2. The first task that fails stops the process; shutdown has two stages: requests drain, then everything ends.
 3. A TPM reset under the running agent ends the process: what is loaded is no longer in the log of this boot. The service manager starts it
    again, and everything is measured anew.
