@@ -26,7 +26,7 @@ from agent.isolation.supervisor import ChildHandle, ChildSpec, ProcessHandle, Zy
 from agent.policy.bundle import MAX_BUNDLE_BYTES
 from agent.policy.messages import Endpoint, stamp_memory
 from agent.policy.opa_server import OpaProgram, OpaServer
-from agent.policy.worker import Forked, Loaded, Refused, Report, TemplateArgs
+from agent.policy.template import Forked, Loaded, Refused, Report, TemplateArgs
 
 __all__ = ["LIMITS", "PRELOAD", "Generation", "Worker"]
 

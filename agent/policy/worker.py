@@ -27,43 +27,15 @@ from agent.policy.bundle import Bundle
 from agent.policy.embedded import EmbeddedEngine
 from agent.policy.engine import Engine
 from agent.policy.messages import Answer, Stamp, pack_answer, unpack_question
-from agent.policy.opa import OpaAccess, OpaEngine, check_bundle
+from agent.policy.opa import OpaEngine, check_bundle
 from agent.policy.signature import load_crypto
+from agent.policy.template import Forked, Loaded, OpaAccess, Refused, Report, TemplateArgs
 
 __all__ = ["Forked", "Loaded", "Refused", "Report", "TemplateArgs", "serve", "template"]
 
 _FRAME_HEADER_BYTES = 4
 _WORKER_FDS = 2
 
-
-class TemplateArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a template is told. ``trusted_keys`` are PEM; ``opa`` is set when OPA decides, else the embedded engine does."""
-
-    trusted_keys: tuple[str, ...] = ()
-    opa: OpaAccess | None = None
-
-
-class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
-    """The template has the bundle, and every package could be evaluated."""
-
-    revision: str
-    sha256: str
-
-
-class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """The template does not take the bundle, or could not fork."""
-
-    kind: Literal["policy", "verification", "config", "isolation"]
-    reason: str
-
-
-class Forked(msgspec.Struct, frozen=True, tag="forked"):
-    """A worker runs."""
-
-    pid: int
-
-
-Report = Loaded | Refused | Forked
 
 _BLAME: dict[type[Exception], Literal["policy", "verification", "config", "isolation"]] = {
     PolicyError: "policy",
