@@ -33,6 +33,7 @@ from agent.attest.tpm import TpmThread
 from agent.audit.log import AuditLog
 from agent.config import ControlSettings, Environment, Settings
 from agent.control.health import Health, Metrics, health_application
+from agent.control.serving import Surface
 from agent.control.surface import admin_application, evidence_application
 from agent.daemon.node import Node
 from agent.daemon.provision import (
@@ -47,6 +48,7 @@ from agent.daemon.provision import (
     spki_sha256,
     trust_store,
 )
+from agent.daemon.tls import check_expiry, server_context
 from agent.errors import AuditError, EdgeWardenError, HostError, VerificationError
 from agent.flows.attestation import AttestationFlow
 from agent.flows.dataplane import Dataplane
@@ -219,6 +221,7 @@ class _Agent:
             hooks=node,
         )
         certificate = read_pem("inference.certificate", settings.inference.certificate)
+        health.detail("inference_certificate_until", check_expiry("inference.certificate", certificate))
         node.attestation = AttestationFlow(
             node=settings.node.id,
             boot_id=_boot_id(),
@@ -269,7 +272,11 @@ class _Agent:
         runner = web.AppRunner(application, access_log=None, handle_signals=False)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
-        await web.SockSite(runner, sock, ssl_context=context).start()
+        if runner.server is None:
+            raise HostError("a surface of the agent can't be served")
+        surface = Surface(runner.server, sock, context)
+        surface.start()
+        stack.callback(surface.stop)
 
     def _look_again(self, node: Node, name: str, version: str) -> None:
         if not self._stop.is_set():
@@ -340,13 +347,9 @@ async def _logged(work: Coroutine[Any, Any, None], **fields: str) -> bool:
 
 
 def _control_tls(control: ControlSettings) -> tuple[ssl.SSLContext, str]:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
     certificate = read_pem("control.certificate", control.certificate)
-    read_pem("control.key", control.key, secret=True)
-    context.load_cert_chain(control.certificate, control.key)
-    context.load_verify_locations(cadata=read_pem("control.client_ca", control.client_ca).decode())
-    context.verify_mode = ssl.CERT_REQUIRED
+    key = read_pem("control.key", control.key, secret=True)
+    context = server_context("control", certificate, key, read_pem("control.client_ca", control.client_ca))
     return context, spki_sha256("control.certificate", certificate)
 
 

@@ -26,7 +26,9 @@ from cryptography.hazmat.primitives import serialization
 from agent import messages
 from agent.audit.log import Space
 from agent.config import Settings, split_listen
+from agent.daemon.tls import server_context
 from agent.errors import ConfigError, HostError
+from agent.identity.token import parse_jwks
 from agent.inference.signing import TrustStore
 from agent.isolation.memfd import SealedFile, seal_bytes
 from agent.isolation.sandbox import Limits, Profile
@@ -213,18 +215,24 @@ def gateway_spec(settings: Settings, listener: socket.socket) -> tuple[ChildSpec
     """Describe the gateway; the sealed files must stay open as long as gateways are started.
 
     Raises:
-        ConfigError: key material can't be read.
+        ConfigError: key material can't be read, or is of no use.
     """
     inference = settings.inference
-    sealed = {
-        "certificate": seal_bytes("certificate", read_pem("inference.certificate", inference.certificate)),
-        "key": seal_bytes("key", read_pem("inference.key", inference.key, secret=True)),
-        "client_ca": seal_bytes("client_ca", read_pem("inference.client_ca", inference.client_ca)),
+    material = {
+        "certificate": read_pem("inference.certificate", inference.certificate),
+        "key": read_pem("inference.key", inference.key, secret=True),
+        "client_ca": read_pem("inference.client_ca", inference.client_ca),
     }
+    server_context("inference", **material)
     tokens = None
     if inference.tokens:
-        sealed["jwks"] = seal_bytes("jwks", read_pem("inference.tokens.jwks", inference.tokens.jwks))
+        material["jwks"] = read_pem("inference.tokens.jwks", inference.tokens.jwks)
+        try:
+            parse_jwks(material["jwks"])
+        except ConfigError as error:
+            raise ConfigError(f"inference.tokens.jwks: {inference.tokens.jwks}: {error}") from error
         tokens = messages.TokenRules(inference.tokens.audience, inference.tokens.issuer, inference.tokens.roles_claim)
+    sealed = {name: seal_bytes(name, data) for name, data in material.items()}
     start = messages.GatewayStart(
         node=settings.node.id,
         tokens=tokens,

@@ -72,7 +72,6 @@ class Gateway:
         self._loading = asyncio.Lock()
         self._loads: set[asyncio.Task[None]] = set()
         self._drained = asyncio.Event()
-        self._server: asyncio.Server | None = None
         self._counters = Counters()
         self._runner = Runner(max(1, os.cpu_count() or 1))
         self._tokens = tokens
@@ -145,7 +144,7 @@ class Gateway:
             case messages.NodeFacts() as facts:
                 self._flow.facts = facts
             case messages.Serve():
-                self._spawn(self._serve())
+                self._serve()
             case messages.Drain(timeout_ms=timeout_ms):
                 self._spawn(self._drain(timeout_ms / 1000))
 
@@ -194,23 +193,13 @@ class Gateway:
     def _is_newest(self, load: messages.LoadModel) -> bool:
         return self._newest.get((load.name, load.version)) == load.number
 
-    async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._listener.setblocking(False)
-        self._server = await loop.create_server(
-            self._front,
-            sock=self._listener,
-            ssl=self._context,
-            ssl_handshake_timeout=self._start.header_timeout_ms / 1000,
-            ssl_shutdown_timeout=1.0,
-            backlog=1024,
-        )
+    def _serve(self) -> None:
+        self._front.start(self._listener, self._context)
         self._report(messages.Ready())
 
     async def _drain(self, timeout_s: float) -> None:
         self._routes.draining = True
-        if self._server:
-            self._server.close()
+        self._front.stop()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._routes.idle.wait(), timeout_s)
         await self._front.shutdown(timeout=1.0)

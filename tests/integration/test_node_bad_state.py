@@ -176,7 +176,7 @@ def newest_log(node: ChaosNode):
 def refused_as_tampering(node: ChaosNode) -> str:
     status, words = node.fail_to_start()
     assert status == EXIT_NO
-    assert words.startswith("edgewarden: measurement-log: ") or words.startswith("edgewarden: log-replay: "), words
+    assert words.startswith(("edgewarden: measurement-log: ", "edgewarden: log-replay: ")), words
     assert node.records()[-1]["kind"] == "node.fail"
     return words
 
