@@ -15,6 +15,8 @@ import ssl
 import structlog
 from aiohttp import web
 
+from agent.http_protocol import make_protocol
+
 __all__ = ["HANDSHAKE_S", "MAX_CONNECTIONS", "MAX_GREETINGS", "Surface"]
 
 MAX_CONNECTIONS = 64
@@ -81,7 +83,7 @@ class Surface:
         timeout_s = HANDSHAKE_S if self._context else None
         try:
             await self._loop.connect_accepted_socket(
-                self._server, sock, ssl=self._context, ssl_handshake_timeout=timeout_s
+                lambda: make_protocol(self._server), sock, ssl=self._context, ssl_handshake_timeout=timeout_s
             )
         except OSError as error:  # TLS errors and time-outs are such, too
             _log.info("handshake_failed", error=str(error))

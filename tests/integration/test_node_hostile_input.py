@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random  # noqa: TID251 -- seeded below
+import re
 import socket
 import ssl
 import struct
@@ -21,6 +22,7 @@ MEMORY_SPARE_BYTES = 24 << 20
 PATH = b"/v2/models/tiny/infer"
 LENGTH = str(len(TINY_REQUEST)).encode()
 GOOD = b"POST " + PATH + b" HTTP/1.1\r\nHost: x\r\nContent-Length: " + LENGTH + b"\r\n\r\n" + TINY_REQUEST
+CLOSE = b"Connection: close\r\n"  # where the request's end is beyond doubt, only the client ends the connection
 SMUGGLED = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
 pytestmark = pytest.mark.integration
@@ -70,15 +72,15 @@ ONE_REFUSAL = {
     "no HTTP": b"\x16\x03\x01 hello\r\n\r\n" + SMUGGLED,
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "a version that is none": b"GET /v2 HTTP/9.9\r\nHost: x\r\n\r\n",
-    "CONNECT": b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\n\r\n",
-    "too large in chunks": post(b"Transfer-Encoding: chunked\r\n", chunked(*[b" " * 65_536] * 140)),
-    "too large": post(b"Content-Length: 99999999\r\n", b" " * 100_000),
-    "gzip": post(b"Content-Encoding: gzip\r\nContent-Length: 4\r\n", b"\x1f\x8b\x08\x00"),
-    "nesting": post(b"Content-Length: 200000\r\n", b"[" * 200_000),
-    "no JSON": post(b"Content-Length: 4\r\n", b"\xff\xfe{}"),
-    "duplicate keys": post(b"Content-Length: 24\r\n", b'{"inputs":[],"inputs":[]'),
-    "a header length that lies": post(b"Inference-Header-Content-Length: 999\r\nContent-Length: 2\r\n", b"{}"),
-    "a negative header length": post(b"Inference-Header-Content-Length: -1\r\nContent-Length: 2\r\n", b"{}"),
+    "CONNECT": b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    "too large in chunks": post(CLOSE + b"Transfer-Encoding: chunked\r\n", chunked(*[b" " * 65_536] * 140)),
+    "too large": post(CLOSE + b"Content-Length: 99999999\r\n", b" " * 100_000),
+    "gzip": post(CLOSE + b"Content-Encoding: gzip\r\nContent-Length: 4\r\n", b"\x1f\x8b\x08\x00"),
+    "nesting": post(CLOSE + b"Content-Length: 200000\r\n", b"[" * 200_000),
+    "no JSON": post(CLOSE + b"Content-Length: 4\r\n", b"\xff\xfe{}"),
+    "duplicate keys": post(CLOSE + b"Content-Length: 24\r\n", b'{"inputs":[],"inputs":[]'),
+    "a header length that lies": post(CLOSE + b"Inference-Header-Content-Length: 999\r\nContent-Length: 2\r\n", b"{}"),
+    "a negative header length": post(CLOSE + b"Inference-Header-Content-Length: -1\r\nContent-Length: 2\r\n", b"{}"),
 }
 
 
@@ -100,9 +102,8 @@ def exchange(node: ChaosNode, data: bytes, *, half_close: bool = False) -> bytes
 def test_a_doubtful_request_is_refused_and_ends_its_connection(node, case):
     """4xx once, or the connection is cut; nothing of what follows is taken for a request, and the next client is served."""
     answer = exchange(node, ONE_REFUSAL[case])
-    assert answer.count(b"HTTP/1.1 ") <= 1, answer
-    assert b"HTTP/1.1 2" not in answer
-    assert not answer or answer.startswith(b"HTTP/1.1 4"), answer
+    assert answer.count(b"HTTP/1.") <= 1, answer
+    assert not answer or re.match(rb"HTTP/1\.[01] 4", answer), answer
     assert b"Traceback" not in answer
     assert still_serves(node)
 
@@ -139,7 +140,7 @@ def test_bytes_that_are_no_tls_are_cut(node):
     old.maximum_version = ssl.TLSVersion.TLSv1_2
     with (
         socket.create_connection(("127.0.0.1", node.port)) as sock,
-        pytest.raises(OSError, match="(?i)protocol|version|eof|reset"),
+        pytest.raises(OSError, match=r"(?i)protocol|version|eof|reset"),
     ):
         old.wrap_socket(sock, server_hostname="127.0.0.1")
     assert still_serves(node)
@@ -298,7 +299,7 @@ def make_junk(node: ChaosNode, listener: socket.socket) -> dict[str, str]:
     for odd in ("with space", "new\nline", "ünicode", "-dash", "tag;rm"):
         (store / odd / "1").mkdir(parents=True)
     bad = os.fsencode(store) + b"/not-\xff-utf8"
-    os.makedirs(bad + b"/1")
+    os.makedirs(bad + b"/1")  # noqa: PTH103 -- pathlib has no names of bytes
     if os.geteuid() == 0:
         os.mknod(package("device") / "null", 0o666 | 0o020000, os.makedev(1, 3))
     else:
