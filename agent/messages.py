@@ -8,6 +8,7 @@ Rules:
    with a ``type``.
 """
 
+import re
 import struct
 from typing import Any, Final, TypeAlias
 
@@ -48,7 +49,15 @@ __all__ = [
 GATEWAY_KINDS: Final = frozenset({"infer", "metadata", "refusal"})
 APPEND: Final = b"A"
 ACKNOWLEDGE: Final = b"K"
+MAX_COUNTERS: Final = 4096
 _HOT: Final = struct.Struct("<cQ")
+_COUNTER: Final = re.compile(
+    r"requests_total\|model=[A-Za-z0-9._-]{1,64}\|outcome=ok"
+    r"|refusals_total\|reason=[a-z_]{1,40}"
+    r"|unrecorded_refusals_total"
+    r"|latency\|le=(?:[0-9]{1,9}|\+Inf|sum)\|stage=[a-z0-9_.]{1,40}",
+    re.ASCII,
+)
 
 
 class TokenRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -151,11 +160,18 @@ class Overrun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
 
 
 class Statistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="statistics"):
-    """Counters since the gateway's start. Keys of ``counters`` are ``name|label=value|…``."""
+    """Counters since the gateway's start. Keys of ``counters`` are ``name|label=value|…``; only those of :data:`_COUNTER` exist."""
 
     counters: dict[str, int]
     open_connections: int
     in_work: int
+
+    def __post_init__(self) -> None:
+        if len(self.counters) > MAX_COUNTERS:
+            raise ValueError(f"more than {MAX_COUNTERS} counters")
+        for key, value in self.counters.items():
+            if value < 0 or _COUNTER.fullmatch(key) is None:
+                raise ValueError(f"no counter: {key[:64]!r}")
 
 
 class Fatal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="fatal"):
@@ -189,7 +205,7 @@ def decode_agent_message(frame: bytes) -> AgentMessage:
     """
     try:
         return _agent_decoder.decode(frame)
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise IsolationError(f"unexpected message from the agent: {error}") from error
 
 
@@ -201,7 +217,7 @@ def decode_gateway_message(frame: bytes) -> GatewayMessage:
     """
     try:
         return _gateway_decoder.decode(frame)
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise IsolationError(f"unexpected message from the gateway: {error}") from error
 
 

@@ -1,9 +1,11 @@
 """``edgewarden run``: the agent in the foreground, as the service manager starts it."""
 
+import contextlib
 import json
 import logging
-import sys
+import os
 from pathlib import Path
+from typing import TextIO, cast
 
 import click
 import structlog
@@ -11,6 +13,21 @@ import structlog
 from agent.config import DEFAULT_CONFIG, json_schema, load, read_environment
 
 __all__ = ["command"]
+
+
+class _Lines:
+    """Standard error, unbuffered.
+
+    A line that can't be written (a full disk, a log daemon that is gone) is lost: it must stop nothing, and what must not be lost
+    stands in the audit log.
+    """
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode(errors="backslashreplace"))
+
+    def flush(self) -> None:
+        """Nothing waits."""
 
 
 def _configure_log(level: str) -> None:
@@ -22,7 +39,7 @@ def _configure_log(level: str) -> None:
             structlog.processors.JSONRenderer(sort_keys=True),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _Lines())),
         cache_logger_on_first_use=True,
     )
 

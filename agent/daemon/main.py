@@ -304,6 +304,7 @@ class _Agent:
     async def _keep_alive(self, node: Node) -> None:
         while True:
             self._notifier.watchdog()
+            node.report_log()
             loops = [
                 name
                 for name, holds in (("gateway", node.dataplane.crash_loop), ("policy", node.pool.crash_loop))

@@ -21,7 +21,7 @@ import structlog
 from agent import clock, messages
 from agent.audit.log import AuditLog
 from agent.control.health import Health, Metrics
-from agent.errors import AuditError, HostError, PeerError, VerificationError
+from agent.errors import HostError, PeerError, VerificationError
 from agent.flows.attestation import AttestationFlow
 from agent.flows.dataplane import Dataplane
 from agent.flows.models import ModelKeeper
@@ -59,23 +59,19 @@ class Node:
         """Append to the audit log; keeps the fact ``log_durable``."""
         try:
             future = self.audit.append(event)
-        except AuditError as error:
-            self.health.report("log_durable", holds=False, why=str(error))
-            raise
-        if future.done():  # buffered: nobody waits
-            self._recorded(future)
-        else:
-            future.add_done_callback(self._recorded)
+        finally:
+            self.report_log()
+        if not future.done():
+            future.add_done_callback(lambda _: self.report_log())
         return future
 
-    def _recorded(self, future: asyncio.Future[Any]) -> None:
-        if future.cancelled():
+    def report_log(self) -> None:
+        """Report the fact ``log_durable``. In buffered mode no record's future knows it; and it may change while nothing is recorded."""
+        if self.health["log_durable"].holds == self.audit.durable:
             return
-        # A buffered record is done before it is written: then the log itself knows whether it can be.
-        failure = future.exception() or self.audit.failure
-        if self.health["log_durable"].holds != (failure is None):
-            why = "records can be made durable" if failure is None else str(failure)
-            self.health.report("log_durable", holds=failure is None, why=why)
+        why = self.audit.failure or "records can be made durable"
+        self.health.report("log_durable", holds=self.audit.durable, why=why)
+        _log.info("log_durable" if self.audit.durable else "log_not_durable", why=why)
 
     @property
     def policy_sha256(self) -> str:

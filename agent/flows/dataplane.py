@@ -254,7 +254,7 @@ class Dataplane:
     def _append(self, number: int, encoded: bytes) -> None:
         try:
             event = _event_decoder.decode(encoded)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise IsolationError(f"not an audit event: {error}") from error
         if event.kind not in messages.GATEWAY_KINDS:
             raise IsolationError(f"a gateway may not record {event.kind!r}")

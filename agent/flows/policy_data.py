@@ -82,7 +82,7 @@ class PolicyData:
         """
         try:
             data = msgspec.json.decode(document, type=_Document)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise PolicyError(f"policy data: {error}") from error
         limits = compile_limits(data.limits.limits)
         models = {name: model.limit for name, model in data.models.models.items() if model.limit is not None}

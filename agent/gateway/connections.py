@@ -2,10 +2,10 @@
 
 Rules:
 
-1. At most :attr:`ConnectionLimits.total` connections are open, and at most :attr:`ConnectionLimits.per_source` of one address; one more
-   is closed before a byte of it is read. They count from their acceptance: one that never begins its TLS handshake takes a place, too.
-2. A connection whose handshake is not done within ``header_s`` is cut, and one whose first request is not complete up to its headers within
-   ``header_s`` after that; an idle one after ``idle_s``.
+1. At most :attr:`ConnectionLimits.total` connections are open, and at most :attr:`ConnectionLimits.per_source` of one address, TLS
+   handshakes included; one more is cut before a byte of it is read.
+2. A handshake has ``header_s``. A connection whose first request is not complete up to its headers within ``header_s`` more is cut; an
+   idle one after ``idle_s``.
 3. Bodies are never decompressed here: a body with a content coding is refused by the routes.
 """
 
@@ -13,6 +13,7 @@ import asyncio
 import errno
 import socket
 import ssl
+import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -27,10 +28,10 @@ __all__ = ["ConnectionLimits", "Front", "source_address"]
 
 MAX_HEADER_LINE_BYTES = 8190
 MAX_HEADERS = 64
-BACKLOG = 1024
-ACCEPTS_A_TURN = 64  # of the event loop
-ACCEPT_PAUSE_S = 1.0  # when the process has no descriptor left
-SHUTDOWN_S = 1.0  # for the last words of TLS
+BACKLOG = 1024  # connections that the kernel holds for us
+ACCEPT_RETRY_S = 0.05
+SHUTDOWN_S = 1.0  # for the peer's part of a TLS shutdown
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +70,7 @@ class Front(web.Server):
         self._sources: Counter[str] = Counter()
         self._source_of: dict[RequestHandler, str] = {}
         self._watched: dict[RequestHandler, asyncio.TimerHandle] = {}
-        self._greeting: set[asyncio.Task[None]] = set()
-        self._listener: socket.socket | None = None
-        self._context: ssl.SSLContext | None = None
+        self._handshakes: set[asyncio.Task[None]] = set()
 
     def __call__(self) -> RequestHandler:
         """Make the protocol of one connection."""
@@ -79,76 +78,58 @@ class Front(web.Server):
 
     @property
     def open_connections(self) -> int:
-        """Number of open connections, those without a finished handshake included."""
-        return len(self._source_of)
+        """Number of open connections, those in their handshake included."""
+        return self._sources.total()
 
-    def start(self, listener: socket.socket, context: ssl.SSLContext) -> None:
-        """Accept connections from now on."""
-        listener.listen(BACKLOG)
+    async def accept(self, listener: socket.socket, context: ssl.SSLContext) -> None:
+        """Accept until cancelled, or until the listener is shut down. A listener belongs to one call."""
         listener.setblocking(False)
-        self._listener, self._context = listener, context
-        self._loop.add_reader(listener.fileno(), self._accept)
-
-    def stop(self) -> None:
-        """Accept no more; what is open stays open."""
-        if self._listener is not None:
-            self._loop.remove_reader(self._listener.fileno())
-            self._listener = None
-
-    def _accept(self) -> None:
-        """Take what waits, as asyncio's own server does, but look who it is before anything else."""
-        for _ in range(ACCEPTS_A_TURN):
-            if self._listener is None:
-                return
+        listener.listen(BACKLOG)
+        loop = asyncio.get_running_loop()
+        while True:
             try:
-                sock, peer = self._listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:  # no descriptor or no memory is left: what waits goes on waiting
-                self._refused(f"accept_{errno.errorcode.get(error.errno or 0, 'failed')}", "")
-                self._loop.remove_reader(self._listener.fileno())
-                self._loop.call_later(ACCEPT_PAUSE_S, self._resume)
-                return
-            source = _plain(peer)
-            if (reason := self._excess(source)) is not None:
+                sock, peer = await loop.sock_accept(listener)
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    return
+                await asyncio.sleep(
+                    ACCEPT_RETRY_S
+                )  # no descriptor or no memory is left for now, or the client has gone already
+                continue
+            source = _plain(str(peer[0]))
+            if reason := self._full(source):
                 self._refused(reason, source)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 sock.close()
                 continue
-            handler = self()
-            self._source_of[handler] = source
             self._sources[source] += 1
-            task = self._loop.create_task(self._greet(sock, handler))
-            self._greeting.add(task)
-            task.add_done_callback(self._greeting.discard)
+            handshake = loop.create_task(self._shake_hands(sock, source, context))
+            self._handshakes.add(handshake)
+            handshake.add_done_callback(self._handshakes.discard)
 
-    def _resume(self) -> None:
-        if self._listener is not None:
-            self._loop.add_reader(self._listener.fileno(), self._accept)
-
-    def _excess(self, source: str) -> str | None:
-        if len(self._source_of) >= self._limits.total:
-            return "connections"
-        if self._sources[source] >= self._limits.per_source:
-            return "connections_of_source"
-        return None
-
-    async def _greet(self, sock: socket.socket, handler: RequestHandler) -> None:
+    async def _shake_hands(self, sock: socket.socket, source: str, context: ssl.SSLContext) -> None:
         try:
-            await self._loop.connect_accepted_socket(
-                lambda: handler,
+            await asyncio.get_running_loop().connect_accepted_socket(
+                self,
                 sock,
-                ssl=self._context,
+                ssl=context,
                 ssl_handshake_timeout=self._limits.header_s,
                 ssl_shutdown_timeout=SHUTDOWN_S,
             )
-        except OSError:  # TLS errors and time-outs are such, too
-            self._refused("handshake", self._source_of.get(handler, ""))
-            self._forget(handler)
+        except (OSError, ssl.SSLError):
+            self._forget(source)  # it has no protocol that would end
+            self._refused("handshake", source)
+
+    def _full(self, source: str) -> str:
+        if self.open_connections >= self._limits.total:
+            return "connections"
+        return "connections_of_source" if self._sources[source] >= self._limits.per_source else ""
 
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
-        """The handshake is done: the clock of the first request's headers starts."""
+        """Start the header clock of a connection whose handshake is complete."""
         super().connection_made(handler, transport)
-        self._watched[handler] = self._loop.call_later(self._limits.header_s, self._cut, handler, "header_timeout")
+        self._source_of[handler] = source_address(transport)
+        self._watched[handler] = asyncio.get_running_loop().call_later(self._limits.header_s, self._cut, handler)
 
     def request_began(self, handler: RequestHandler) -> None:
         """Stop the header clock: the headers of a request are complete."""
@@ -159,27 +140,29 @@ class Front(web.Server):
     def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
         """Forget a connection."""
         super().connection_lost(handler, exc)
-        self._forget(handler)
-
-    def _forget(self, handler: RequestHandler) -> None:
         self.request_began(handler)
         source = self._source_of.pop(handler, None)
         if source is not None:
-            self._sources[source] -= 1
-            if not self._sources[source]:
-                del self._sources[source]
+            self._forget(source)
 
-    def _cut(self, handler: RequestHandler, reason: str) -> None:
-        self._watched.pop(handler, None)
-        self._refused(reason, self._source_of.get(handler, ""))
+    def _forget(self, source: str) -> None:
+        self._sources[source] -= 1
+        if not self._sources[source]:
+            del self._sources[source]
+
+    def _cut(self, handler: RequestHandler) -> None:
+        del self._watched[handler]
+        self._refused("header_timeout", self._source_of[handler])
         if handler.transport is not None:
             handler.transport.abort()
 
 
 def source_address(transport: asyncio.BaseTransport) -> str:
-    """Return the peer's address; IPv4 always as plain IPv4, also where it came through an IPv6 socket, so that one host has one address."""
-    return _plain(transport.get_extra_info("peername"))
+    """Return the peer's address."""
+    peer = transport.get_extra_info("peername")
+    return _plain(str(peer[0])) if isinstance(peer, tuple) else ""
 
 
-def _plain(peer: object) -> str:
-    return str(peer[0]).removeprefix("::ffff:") if isinstance(peer, tuple) else ""
+def _plain(address: str) -> str:
+    """Write IPv4 as plain IPv4 also where it came through an IPv6 socket, so that one host has one address."""
+    return address.removeprefix("::ffff:")

@@ -144,7 +144,7 @@ class Gateway:
             case messages.NodeFacts() as facts:
                 self._flow.facts = facts
             case messages.Serve():
-                self._serve()
+                self._spawn(self._serve())
             case messages.Drain(timeout_ms=timeout_ms):
                 self._spawn(self._drain(timeout_ms / 1000))
 
@@ -193,13 +193,16 @@ class Gateway:
     def _is_newest(self, load: messages.LoadModel) -> bool:
         return self._newest.get((load.name, load.version)) == load.number
 
-    def _serve(self) -> None:
-        self._front.start(self._listener, self._context)
+    async def _serve(self) -> None:
+        self._spawn(self._front.accept(self._listener, self._context))
+        await asyncio.sleep(0)  # from here on it listens
         self._report(messages.Ready())
 
     async def _drain(self, timeout_s: float) -> None:
         self._routes.draining = True
-        self._front.stop()
+        # The agent has the listener too: closing it here would leave clients in its queue until the agent ends.
+        with contextlib.suppress(OSError):  # it did not listen yet
+            self._listener.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._routes.idle.wait(), timeout_s)
         await self._front.shutdown(timeout=1.0)

@@ -56,7 +56,7 @@ class IncomingFiles:
                 raise IsolationError("hand-over: names and descriptors don't match")
             for fd in frame.fds:
                 check_sealed(fd)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:
             frame.close_fds()
             raise IsolationError(f"hand-over: malformed ({error})") from error
         except EdgeWardenError:

@@ -124,7 +124,7 @@ class _Answer:
     def decoded(self) -> InspectionReport:
         try:
             report = msgspec.json.decode(self.data, type=InspectionReport | Refusal)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise VerificationError("inspector", f"its report is malformed ({error})") from error
         if isinstance(report, Refusal):
             raise VerificationError(report.check[:64], report.message[:1000])

@@ -359,7 +359,7 @@ def _decode(frames: list[Frame] | None) -> Status | None:
         frame.close_fds()
     try:
         status: Status = _STATUS.decode(frames[0].data)
-    except (msgspec.DecodeError, IndexError) as error:
+    except (ValueError, RecursionError, IndexError) as error:
         raise IsolationError(f"a status message is malformed: {error}") from error
     return status
 

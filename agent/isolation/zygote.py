@@ -91,7 +91,7 @@ def _serve(options: ZygoteOptions, frame: Frame) -> None:
             case ProgramRequest():
                 run = partial(_run_program, options, request, status, frame.fds)
         fork_child(options.agent_pid, run, keep=frame.fds, announce=lambda pid: status.send(_encode(Forked(pid))))
-    except (IsolationError, msgspec.DecodeError) as error:
+    except (IsolationError, ValueError, RecursionError) as error:
         # The agent may have given this child up and closed the socket.
         with contextlib.suppress(IsolationError):
             status.send(_encode(Failed(str(error))))

@@ -90,6 +90,7 @@ class PolicyClient:
         self._on_overrun = on_overrun
         self._deadline_ns = int(deadline_s * _NS)
         self._total_ns = int(total_deadline_s * _NS)
+        self._longest_sleep_ns = min(self._deadline_ns, self._total_ns)
         self._loop = asyncio.get_running_loop()
         self._lines: list[_Line] = []  # of the policy in force; the first is in use, the others are spare
         self._draining: list[_Line] = []
@@ -148,7 +149,7 @@ class PolicyClient:
         self._open[question.number] = question
         self._send(question)
         if self._timer is None:
-            self._timer = self._loop.call_later(self._deadline_ns / _NS, self._tick)
+            self._timer = self._loop.call_later(self._longest_sleep_ns / _NS, self._tick)
         return await question.future
 
     def close(self) -> None:
@@ -238,7 +239,7 @@ class PolicyClient:
             self._give_up(line)
         self._expire(now)
         if self._open:
-            wakes += [now + self._deadline_ns, next(iter(self._open.values())).asked_ns + self._total_ns]
+            wakes += [now + self._longest_sleep_ns, next(iter(self._open.values())).asked_ns + self._total_ns]
         if wakes:
             delay = max(min(wakes) - time.monotonic_ns(), 0) / _NS
             self._timer = self._loop.call_later(delay, self._tick)

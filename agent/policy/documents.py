@@ -186,7 +186,7 @@ def _from_node(node: yaml.Node) -> Document:
         return _unique([(str(key), value) for key, value in pairs])
     text: str = node.value
     if node.tag == _STRING_TAG:
-        if getattr(node, "style", None) is None and _YAML_12_NUMBER.fullmatch(text):
+        if not getattr(node, "style", None) and _YAML_12_NUMBER.fullmatch(text):
             raise ValueError(
                 f"{_place(node)}: {text[:40]!r} is a number in YAML 1.2; quote it, or write it as JSON does"
             )

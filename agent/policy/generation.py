@@ -11,7 +11,6 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import os
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from agent.isolation.supervisor import ChildHandle, ChildSpec, ProcessHandle, Zy
 from agent.policy.bundle import MAX_BUNDLE_BYTES
 from agent.policy.messages import Endpoint, stamp_memory
 from agent.policy.opa_server import OpaProgram, OpaServer
-from agent.policy.worker import Forked, Loaded, Refused, Report, TemplateArgs
+from agent.policy.template import Forked, Loaded, Refused, Report, TemplateArgs
 
 __all__ = ["LIMITS", "PRELOAD", "Generation", "Worker"]
 
@@ -62,8 +61,6 @@ class _Template:
             IsolationError: it died, does not answer, or talks nonsense; it is killed then.
         """
         try:
-            if self.channel.closed:
-                raise IsolationError(f"the policy template died: {await self.handle.wait()}")
             self._reply = asyncio.get_running_loop().create_future()
             return await asyncio.wait_for(self._reply, timeout_s)
         except TimeoutError as error:
@@ -81,7 +78,7 @@ class _Template:
             return
         try:
             self._reply.set_result(_REPORT.decode(frame.data))
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:
             self._reply.set_exception(IsolationError(f"the policy template's report is malformed: {error}"))
 
     def _on_close(self) -> None:
@@ -210,10 +207,8 @@ class Generation:
         try:
             return await template.reply(self._load_s)
         except IsolationError as error:
-            with contextlib.suppress(TimeoutError):
-                status = await asyncio.wait_for(template.handle.wait(), 1)
-                raise PolicyError(f"the bundle cannot be loaded: {error} ({status})") from error
-            raise PolicyError(f"the bundle cannot be loaded: {error}") from error
+            template.close()
+            raise PolicyError(f"the bundle cannot be loaded: {error} ({await template.handle.wait()})") from error
 
     def _accept(self, report: Report) -> None:
         match report:

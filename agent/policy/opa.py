@@ -16,7 +16,6 @@ import ssl
 import time
 from typing import Any
 
-import msgspec
 import requests
 from opa_client.opa import OpaClient
 from requests.adapters import HTTPAdapter
@@ -25,25 +24,16 @@ from agent.errors import PolicyError
 from agent.policy.bundle import Bundle, covers
 from agent.policy.engine import DECISION_QUERY, undefined
 from agent.policy.source import calls_out
+from agent.policy.template import AUTHZ_ROOT, LOOPBACK, OpaAccess
 
 __all__ = ["AUTHZ_ROOT", "LOOPBACK", "OpaAccess", "OpaEngine", "check_bundle"]
 
-LOOPBACK = "127.0.0.1"
-AUTHZ_ROOT = "system/authz"
 _TIMEOUT_S = 5.0  # an overrun ends the worker long before; this ends a wait for a dead server
 _READY_TIMEOUT_S = 10.0
 _READY_PAUSE_S = 0.02
 _STRICT = {"strict-builtin-errors": "true"}
 _PACKAGE, _, _RULE = DECISION_QUERY.removeprefix("data.").rpartition(".")
 _MAX_ERROR_CHARS = 400
-
-
-class OpaAccess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a worker reaches its OPA server. ``certificate`` is the server's own, PEM."""
-
-    port: int
-    token: str
-    certificate: str
 
 
 class _Pinned(HTTPAdapter):

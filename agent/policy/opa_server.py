@@ -33,7 +33,7 @@ from agent.isolation.memfd import SealedFile, seal_bytes
 from agent.isolation.sandbox import Limits
 from agent.isolation.supervisor import Keeper, ProcessHandle, ProgramSpec, Zygote
 from agent.policy.build import archive
-from agent.policy.opa import AUTHZ_ROOT, LOOPBACK, OpaAccess
+from agent.policy.template import AUTHZ_ROOT, LOOPBACK, OpaAccess
 
 __all__ = ["OpaProgram", "OpaServer"]
 

@@ -52,7 +52,7 @@ class Subscription:
 
     def __init__(self, asker: Callable[[Endpoint], None]) -> None:
         self._asker = asker
-        self._workers: dict[int, Worker] = {}
+        self._workers: dict[int, tuple[Generation, Worker]] = {}
         self._served: dict[Generation, asyncio.Event] = {}
         self.closed = False
 
@@ -63,14 +63,15 @@ class Subscription:
 
     def overrun(self, number: int) -> None:
         """Kill the asker's worker of this number; any other number is ignored."""
-        if (worker := self._workers.get(number)) is not None:
+        if number in self._workers:
+            _, worker = self._workers[number]
             _log.warning("policy_worker_overrun", worker=number, pid=worker.process.pid)
             worker.process.kill()
 
     def close(self) -> None:
         """End the asker's workers; it gets no more."""
         self.closed = True
-        for worker in self._workers.values():
+        for _, worker in self._workers.values():
             worker.process.kill()
 
     async def served(self, generation: Generation) -> None:
@@ -80,7 +81,7 @@ class Subscription:
     async def hold(self, generation: Generation, worker: Worker) -> None:
         """Hand a worker to the asker and wait for the worker's end."""
         number = worker.endpoint.number
-        self._workers[number] = worker
+        self._workers[number] = (generation, worker)
         self._asker(worker.endpoint)
         self._served.setdefault(generation, asyncio.Event()).set()
         status = await worker.process.wait()
@@ -90,8 +91,8 @@ class Subscription:
     def retire(self, generation: Generation) -> None:
         """Kill what is left of a policy's workers."""
         self._served.pop(generation, None)
-        for worker in self._workers.values():
-            if worker.endpoint.policy_sha256 == generation.sha256:
+        for source, worker in self._workers.values():
+            if source is generation:
                 worker.process.kill()
 
 
@@ -257,13 +258,15 @@ class PolicyPool:
         except TimeoutError:
             _log.error("policy_hand_over_slow", sha256=generation.sha256, limit_s=_HAND_OVER_S)
         if old is not None:
-            old.close()
             self._spawn(self._retire(old, live))
 
     async def _retire(self, old: Generation, subscriptions: Sequence[Subscription]) -> None:
-        await asyncio.sleep(DRAIN_S)
-        for subscription in subscriptions:
-            subscription.retire(old)
+        try:
+            await asyncio.sleep(DRAIN_S)
+        finally:
+            for subscription in subscriptions:
+                subscription.retire(old)
+            old.close()
 
     def _serve(self, subscription: Subscription, generation: Generation) -> None:
         for _ in range(WORKERS_PER_ASKER):

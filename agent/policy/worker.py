@@ -27,42 +27,15 @@ from agent.policy.bundle import Bundle
 from agent.policy.embedded import EmbeddedEngine
 from agent.policy.engine import Engine
 from agent.policy.messages import Answer, Stamp, pack_answer, unpack_question
-from agent.policy.opa import OpaAccess, OpaEngine, check_bundle
+from agent.policy.opa import OpaEngine, check_bundle
 from agent.policy.signature import load_crypto
+from agent.policy.template import Forked, Loaded, OpaAccess, Refused, Report, TemplateArgs
 
 __all__ = ["Forked", "Loaded", "Refused", "Report", "TemplateArgs", "serve", "template"]
 
 _FRAME_HEADER_BYTES = 4
+_WORKER_FDS = 2
 
-
-class TemplateArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a template is told. ``trusted_keys`` are PEM; ``opa`` is set when OPA decides, else the embedded engine does."""
-
-    trusted_keys: tuple[str, ...] = ()
-    opa: OpaAccess | None = None
-
-
-class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
-    """The template has the bundle, and every package could be evaluated."""
-
-    revision: str
-    sha256: str
-
-
-class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """The template does not take the bundle, or could not fork."""
-
-    kind: Literal["policy", "verification", "config", "isolation"]
-    reason: str
-
-
-class Forked(msgspec.Struct, frozen=True, tag="forked"):
-    """A worker runs."""
-
-    pid: int
-
-
-Report = Loaded | Refused | Forked
 
 _BLAME: dict[type[Exception], Literal["policy", "verification", "config", "isolation"]] = {
     PolicyError: "policy",
@@ -102,6 +75,8 @@ def _report(channel: Channel, report: Report) -> None:
 
 def _fork(engine: Engine, frame: Frame, opa: OpaAccess | None) -> Report:
     try:
+        if len(frame.fds) != _WORKER_FDS:
+            raise IsolationError(f"a worker has {_WORKER_FDS} descriptors, not {len(frame.fds)}")
         sock_fd, stamp_fd = frame.fds
         run = functools.partial(_work, engine, opa, sock_fd, stamp_fd)
         return Forked(fork_worker(run, keep=frame.fds, connect_port=None if opa is None else opa.port))
@@ -115,8 +90,8 @@ def _work(engine: Engine, opa: OpaAccess | None, sock_fd: int, stamp_fd: int) ->
     # Two processes cannot share a connection to OPA.
     own = engine if opa is None else OpaEngine(opa)
     # Its kind is told, for a worker may not ask the kernel.
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, sock_fd)
-    serve(own, Channel(sock), Stamp(stamp_fd, write=True))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, sock_fd) as sock:
+        serve(own, Channel(sock), Stamp(stamp_fd, write=True))
 
 
 def serve(engine: Engine, channel: Channel, stamp: Stamp) -> None:

@@ -9,6 +9,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from PIL import Image
 
 from agent import clock
+from agent.flows.refusals import RECORDS_PER_SECOND
 from agent.inference.tensors import oip_binary
 from tests.support.identity import jwks, sign_token
 from tests.support.models import magika_features, page
@@ -43,11 +45,13 @@ STAGES = ("identity", "read", "admit", "decode", "policy", "sanitize", "infer", 
 
 
 def _last(node, **fields):
-    return records(node, **fields)[-1]
+    """The last record that is not the sum of what an earlier test was refused."""
+    return [record for record in records(node, **fields) if record.get("detail", {}).get("reason") != "repeated"][-1]
 
 
 def _refused(node, status, reason, reply, **fields):
     """A refusal has its status, the protocol's error body and its record."""
+    time.sleep(1 / RECORDS_PER_SECOND)  # else the refusals of all tests together would be counted, not recorded
     assert reply.status == status, reply
     assert reply.error
     record = _last(node)
@@ -129,7 +133,7 @@ def test_stock_client_can_not_administer(triton, running_node):
     assert refused.pop("compressed")["status"] == "415"
     assert refused.pop("unknown")["status"] == "404"
     assert {name for name, error in refused.items() if error is None or error["status"] != "403"} == set()
-    seen = [record["action"] for record in records(running_node, kind="refusal", principal="alice")]
+    seen = [record["action"] for record in records(running_node, kind="refusal", principal="bob")]
     for call_ in (
         "POST /v2/repository/index",
         "POST /v2/repository/models/tiny/load",

@@ -20,8 +20,8 @@ def main() -> None:
         ssl=True,
         ssl_options={
             "ca_certs": str(pki / "ca.pem"),
-            "certfile": str(pki / "alice.pem"),
-            "keyfile": str(pki / "alice.key"),
+            "certfile": str(pki / "bob.pem"),
+            "keyfile": str(pki / "bob.key"),
         },
     )
     said = {
