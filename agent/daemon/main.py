@@ -39,7 +39,6 @@ from agent.control.surface import admin_application, evidence_application
 from agent.daemon.node import Node
 from agent.daemon.provision import (
     Listeners,
-    Material,
     audit_space,
     bind_listeners,
     child_user,
@@ -95,8 +94,7 @@ def run(settings: Settings, environment: Environment) -> None:
         # Before any secret is opened; blocks until everything is imported.
         zygote = Zygote.start(PRELOAD, user=child_user(settings), sandbox_required=settings.sandbox.required)
         try:
-            with contextlib.closing(read_material(settings, listeners.inference)) as material:
-                uvloop.run(_Agent(settings, environment, listeners, material, zygote).run())
+            uvloop.run(_Agent(settings, environment, listeners, zygote).run())
         except* EdgeWardenError as group:
             raise _first(group) from None
         finally:
@@ -112,12 +110,10 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 class _Agent:
-    def __init__(
-        self, settings: Settings, environment: Environment, listeners: Listeners, material: Material, zygote: Zygote
-    ) -> None:
+    def __init__(self, settings: Settings, environment: Environment, listeners: Listeners, zygote: Zygote) -> None:
         self._settings = settings
-        self._material = material
         self._listeners = listeners
+        self._control: tuple[ssl.SSLContext, str] | None = None
         self._zygote = zygote
         self._state = Path(settings.node.state_dir)
         self._notifier = Notifier(environment.notify_socket)
@@ -166,7 +162,9 @@ class _Agent:
 
     async def _build(self, stack: contextlib.AsyncExitStack, audit: AuditLog) -> Node:
         """Open everything that needs no other; what was opened is closed in the reverse order."""
-        settings, material = self._settings, self._material
+        settings = self._settings
+        material = stack.enter_context(contextlib.closing(read_material(settings, self._listeners.inference)))
+        self._control = material.control
         health = Health()
         health.report("live", holds=True, why="the control plane runs")
         health.report("connected", holds=False, why="no controller is configured")
@@ -216,7 +214,7 @@ class _Agent:
             dataplane=node.dataplane,
             hooks=node,
         )
-        health.detail("inference_certificate_until", self._material.inference_until)
+        health.detail("inference_certificate_until", material.inference_until)
         node.attestation = AttestationFlow(
             node=settings.node.id,
             boot_id=_boot_id(),
@@ -245,8 +243,8 @@ class _Agent:
         self._run(node.dataplane.run())
         await node.dataplane.wait_ready()
         await self._serve(stack, admin_application(node), self._listeners.admin_unix)
-        if self._material.control and self._listeners.control:
-            context, spki = self._material.control
+        if self._control and self._listeners.control:
+            context, spki = self._control
             await self._serve(stack, evidence_application(node, spki), self._listeners.control, context)
         self._run(watcher.run())
         self._run(self._check_tpm(node))
