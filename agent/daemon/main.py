@@ -34,6 +34,7 @@ from agent.attest.tpm import TpmThread
 from agent.audit.log import AuditLog
 from agent.config import Environment, Settings
 from agent.control.health import Health, Metrics, health_application
+from agent.control.serving import Surface
 from agent.control.surface import admin_application, evidence_application
 from agent.daemon.node import Node
 from agent.daemon.provision import (
@@ -215,6 +216,7 @@ class _Agent:
             dataplane=node.dataplane,
             hooks=node,
         )
+        health.detail("inference_certificate_until", self._material.inference_until)
         node.attestation = AttestationFlow(
             node=settings.node.id,
             boot_id=_boot_id(),
@@ -265,7 +267,11 @@ class _Agent:
         runner = web.AppRunner(application, access_log=None, handle_signals=False)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
-        await web.SockSite(runner, sock, ssl_context=context).start()
+        if runner.server is None:
+            raise HostError("a surface of the agent can't be served")
+        surface = Surface(runner.server, sock, context)
+        surface.start()
+        stack.callback(surface.stop)
 
     def _look_again(self, node: Node, name: str, version: str) -> None:
         if not self._stop.is_set():

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives import serialization
 from agent import messages
 from agent.audit.log import Space
 from agent.config import ControlSettings, Settings, split_listen
+from agent.daemon.tls import check_expiry, server_context
 from agent.errors import ConfigError, HostError
 from agent.identity.token import parse_jwks
 from agent.inference.signing import TrustStore
@@ -45,7 +46,6 @@ __all__ = [
     "make_directory",
     "read_material",
     "read_pem",
-    "server_context",
     "spki_sha256",
     "trust_store",
 ]
@@ -181,32 +181,6 @@ def read_pem(setting: str, path: str, *, secret: bool = False) -> bytes:
     return data
 
 
-def server_context(section: str, certificate: str, key: str, client_ca: str) -> ssl.SSLContext:
-    """Return the TLS 1.3 context of a listener that demands client certificates.
-
-    Args:
-        section: of the configuration, for the error.
-        certificate: path of the PEM chain.
-        key: path of its PEM key.
-        client_ca: path of the PEM certificates of CAs.
-
-    Raises:
-        ConfigError: one of them is no PEM of its kind, or the key is not the certificate's.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_mode = ssl.CERT_REQUIRED
-    try:
-        context.load_cert_chain(certificate, key, password="")  # none: an encrypted key must not ask the terminal
-    except (ssl.SSLError, OSError, ValueError) as error:
-        raise ConfigError(f"{section}.key: it is not the unencrypted key of {section}.certificate ({error})") from error
-    try:
-        context.load_verify_locations(client_ca)
-    except (ssl.SSLError, OSError, ValueError) as error:
-        raise ConfigError(f"{section}.client_ca: no PEM certificates ({error})") from error
-    return context
-
-
 def trust_store(settings: Settings) -> TrustStore:
     """Read the keys and roots that sign models."""
     models = settings.models
@@ -235,6 +209,7 @@ class Material:
         gateway: how a gateway is started.
         sealed: what ``gateway`` refers to; stays open as long as gateways are started.
         inference_spki_sha256: digest of the inference certificate's key.
+        inference_until: when that certificate ends.
         control: TLS of the control listener and the digest of its key, where there is one.
     """
 
@@ -243,6 +218,7 @@ class Material:
     gateway: ChildSpec
     sealed: tuple[SealedFile, ...]
     inference_spki_sha256: str
+    inference_until: str
     control: tuple[ssl.SSLContext, str] | None
 
     def close(self) -> None:
@@ -263,15 +239,16 @@ def read_material(settings: Settings, listener: socket.socket) -> Material:
     certificate = read_pem("inference.certificate", settings.inference.certificate)
     control = _control_tls(settings.control) if settings.control else None
     spki = spki_sha256("inference.certificate", certificate)
+    until = check_expiry("inference.certificate", certificate)
     spec, sealed = gateway_spec(settings, listener)
-    return Material(tuple(keys), trust, spec, tuple(sealed), spki, control)
+    return Material(tuple(keys), trust, spec, tuple(sealed), spki, until, control)
 
 
 def _control_tls(control: ControlSettings) -> tuple[ssl.SSLContext, str]:
     certificate = read_pem("control.certificate", control.certificate)
-    read_pem("control.key", control.key, secret=True)
-    read_pem("control.client_ca", control.client_ca)
-    context = server_context("control", control.certificate, control.key, control.client_ca)
+    key = read_pem("control.key", control.key, secret=True)
+    context = server_context("control", certificate, key, read_pem("control.client_ca", control.client_ca))
+    check_expiry("control.certificate", certificate)
     return context, spki_sha256("control.certificate", certificate)
 
 
@@ -297,22 +274,25 @@ def gateway_spec(settings: Settings, listener: socket.socket) -> tuple[ChildSpec
     """Describe the gateway; the sealed files must stay open as long as gateways are started.
 
     Raises:
-        ConfigError: key material can't be read.
+        ConfigError: key material can't be read, or is of no use.
     """
     inference = settings.inference
-    sealed = {
-        "certificate": seal_bytes("certificate", read_pem("inference.certificate", inference.certificate)),
-        "key": seal_bytes("key", read_pem("inference.key", inference.key, secret=True)),
-        "client_ca": seal_bytes("client_ca", read_pem("inference.client_ca", inference.client_ca)),
+    material = {
+        "certificate": read_pem("inference.certificate", inference.certificate),
+        "key": read_pem("inference.key", inference.key, secret=True),
+        "client_ca": read_pem("inference.client_ca", inference.client_ca),
     }
     # The gateway does this again; here it is an error that an operator sees, there it would be a crash loop.
-    server_context("inference", *(f"/proc/self/fd/{file.fd}" for file in sealed.values()))
+    server_context("inference", **material)
     tokens = None
     if inference.tokens:
-        jwks = read_pem("inference.tokens.jwks", inference.tokens.jwks)
-        parse_jwks(jwks)
-        sealed["jwks"] = seal_bytes("jwks", jwks)
+        material["jwks"] = read_pem("inference.tokens.jwks", inference.tokens.jwks)
+        try:
+            parse_jwks(material["jwks"])
+        except ConfigError as error:
+            raise ConfigError(f"inference.tokens.jwks: {inference.tokens.jwks}: {error}") from error
         tokens = messages.TokenRules(inference.tokens.audience, inference.tokens.issuer, inference.tokens.roles_claim)
+    sealed = {name: seal_bytes(name, data) for name, data in material.items()}
     start = messages.GatewayStart(
         node=settings.node.id,
         tokens=tokens,

@@ -20,6 +20,7 @@ again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,12 +32,13 @@ import structlog
 from agent import clock
 from agent.attest.log import MeasurementLog
 from agent.attest.measurement import model_entry, refused_entry, unload_entry
-from agent.errors import HostError, VerificationError
+from agent.errors import ConfigError, HostError, VerificationError
 from agent.flows.dataplane import Dataplane, ServedModel
 from agent.inference.inspection import inspect
 from agent.inference.manifest import MANIFEST_FILE, ModelManifest
 from agent.inference.package import MODEL_FILE, Package, PackageLimits, read_package
 from agent.inference.signing import FileDigestError, Signer, TrustStore, verify_package
+from agent.inference.store import model_directory
 from agent.isolation.supervisor import Zygote
 from agent.records import AuditEvent, JsonValue, PolicyAnswer
 
@@ -165,15 +167,20 @@ class ModelKeeper:
             TpmError, HostError, AuditError: a step of ours failed; the package is not loaded.
             VerificationError: the measurement log was tampered with; nothing is loaded any more.
         """
+        try:
+            directory = model_directory(self._store, name, version)
+        except ConfigError:
+            # Of no package: nothing of it is read, loaded or measured, and its name would spoil every record.
+            _log.warning("store_entry_ignored", name=ascii(name), version=ascii(version))
+            return
         async with self._turn:
             # Until every step is done; an error on the way leaves it so.
             self._unsettled.add((name, version))
-            await self._look(name, version)
+            await self._look(directory, name, version)
             self._unsettled.discard((name, version))
 
-    async def _look(self, name: str, version: str) -> None:
-        directory = self._store / name / version
-        if not await asyncio.to_thread(directory.is_dir):
+    async def _look(self, directory: Path, name: str, version: str) -> None:
+        if not await asyncio.to_thread(_is_package, directory):
             await self._gone(name, version)
             return
         try:
@@ -344,16 +351,25 @@ def _handed_over(manifest: ModelManifest, external: tuple[str, ...]) -> list[str
     return sorted(names)
 
 
+def _is_package(directory: Path) -> bool:
+    """Whether a package can lie there; a link leads out of the store, to what its owner does not watch."""
+    return not directory.is_symlink() and not directory.parent.is_symlink() and directory.is_dir()
+
+
 def _packages(store: Path) -> list[tuple[str, str]]:
-    """List ``<name>/<version>`` directories; hidden ones are an installation on its way."""
+    """List ``<name>/<version>`` directories; hidden ones are an installation on its way.
+
+    Raises:
+        HostError: the store can't be read.
+    """
+    try:
+        names = [name for name in store.iterdir() if not name.name.startswith(".") and not name.is_symlink()]
+    except OSError as error:
+        raise HostError(f"models.store: {error.filename}: {error.strerror}") from error
     found: list[tuple[str, str]] = []
-    if not store.is_dir():
-        return found
-    for name in store.iterdir():
-        if name.is_dir() and not name.name.startswith("."):
-            found += [
-                (name.name, version.name)
-                for version in name.iterdir()
-                if version.is_dir() and not version.name.startswith(".")
-            ]
+    for name in names:
+        # What is closed to this process is no package of its; the watcher says so.
+        with contextlib.suppress(PermissionError, NotADirectoryError, FileNotFoundError):
+            versions = [version for version in name.iterdir() if not version.name.startswith(".")]
+            found += [(name.name, version.name) for version in versions if _is_package(version)]
     return found

@@ -7,7 +7,6 @@ Rules:
 2. A handshake has ``header_s``. A connection whose first request is not complete up to its headers within ``header_s`` more is cut; an
    idle one after ``idle_s``.
 3. Bodies are never decompressed here: a body with a content coding is refused by the routes.
-4. What is no HTTP gets ``{"error": "…"}`` without an echo of what was sent, and no line in the log: its sender would write it.
 """
 
 import asyncio
@@ -22,6 +21,8 @@ from typing import Any
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
+
+from agent.http_protocol import make_protocol
 
 __all__ = ["ConnectionLimits", "Front", "source_address"]
 
@@ -41,29 +42,6 @@ class ConnectionLimits:
     per_source: int
     header_s: float
     idle_s: float
-
-
-class _Protocol(RequestHandler):
-    """aiohttp's, but for what it says of errors."""
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Answer what is no HTTP, and what our own code fails at."""
-        if status >= 500:  # noqa: PLR2004 -- ours
-            self.log_exception("a request failed", exc_info=exc)
-            message = "the node failed at this request"
-        else:
-            message = "this is not HTTP as it is spoken here"
-        if request.writer.output_size > 0:
-            raise ConnectionError("the answer has begun already")
-        response = web.json_response({"error": message}, status=status, headers={"Server": "edgewarden"})
-        response.force_close()
-        return response
 
 
 class Front(web.Server):
@@ -96,7 +74,7 @@ class Front(web.Server):
 
     def __call__(self) -> RequestHandler:
         """Make the protocol of one connection."""
-        return _Protocol(self, loop=self._loop, **self._kwargs)
+        return make_protocol(self)
 
     @property
     def open_connections(self) -> int:

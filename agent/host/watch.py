@@ -6,7 +6,9 @@ Rules:
    was last seen: device, inode, size, mtime and ctime of every file. So a lost event, an overflown queue or a file system without
    inotify can delay a report, never lose one: a full comparison also runs every :data:`RESCAN_INTERVAL_S`.
 2. A change is reported when the store has been quiet for :data:`SETTLE_S`, or after :data:`MAX_SETTLE_S` at the latest.
-3. This is a hint to load, never a reason to trust: what is loaded is read once, measured and verified then.
+3. What can't be looked at (a package nested without end, a folder that is closed, a crowd of files) is no reason to stop watching the rest:
+   who reads the package refuses it. A store that can't be read as a whole is said in the log and tried again.
+4. This is a hint to load, never a reason to trust: what is loaded is read once, measured and verified then.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
+import structlog
 from watchdog.events import (
     DirCreatedEvent,
     DirDeletedEvent,
@@ -43,6 +46,7 @@ SETTLE_S = 0.1
 MAX_SETTLE_S = 2.0  # a store that never gets quiet
 RESCAN_INTERVAL_S = 60.0
 MAX_STORE_FILES = 100_000
+MAX_PACKAGE_FILES = 4_096  # far more than a package may have: what comes after them decides nothing
 MAX_DEPTH = 16  # directories below a package's version
 _EVENTS: list[type[FileSystemEvent]] = [  # without those that reading causes
     DirCreatedEvent,
@@ -56,6 +60,7 @@ _EVENTS: list[type[FileSystemEvent]] = [  # without those that reading causes
     FileMovedEvent,
 ]
 
+_log = structlog.get_logger(__name__)
 _Package: TypeAlias = tuple[str, str]
 _Prints: TypeAlias = dict[_Package, frozenset[tuple[str, int, int, int, int, int]]]
 
@@ -104,7 +109,7 @@ class StoreWatcher:
         """Watch until cancelled.
 
         Raises:
-            HostError: the store can't be watched or read.
+            HostError: the store can't be watched.
         """
         # watchdog warns when the kernel announces a directory that it has just found by itself; harmless, and as an error it would
         # end watchdog's thread.
@@ -143,7 +148,11 @@ class StoreWatcher:
 
     async def _compare(self) -> None:
         self._hint.clear()
-        found = await asyncio.to_thread(_scan, self._root)
+        try:
+            found = await asyncio.to_thread(_scan, self._root)
+        except HostError as error:
+            _log.error("store_unreadable", error=str(error))
+            return
         before, self._seen = self._seen, found
         for name, version in _differences(before, found):
             self._on_change(name, version)
@@ -158,9 +167,9 @@ def _scan(root: Path) -> _Prints:
     count = 0
     try:
         for name in _entries(root):
-            for version in _entries(name) if name.is_dir(follow_symlinks=False) else ():
+            for version in _versions(name):
                 if version.is_dir(follow_symlinks=False):
-                    prints[name.name, version.name] = files = frozenset(islice(_files(version), MAX_STORE_FILES + 1))
+                    prints[name.name, version.name] = files = _fingerprint(version)
                     count += len(files)
                     if count > MAX_STORE_FILES:
                         raise HostError(f"store: more than {MAX_STORE_FILES} files")
@@ -178,10 +187,27 @@ def _entries(directory: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
         return []
 
 
+def _versions(name: os.DirEntry[str]) -> list[os.DirEntry[str]]:
+    """List what may be versions; none where that is closed to this process, which then loads nothing of it either."""
+    try:
+        return _entries(name) if name.is_dir(follow_symlinks=False) else []
+    except OSError as error:
+        _log.warning("store_folder_unreadable", path=ascii(name.path), error=error.strerror)
+        return []
+
+
+def _fingerprint(version: os.DirEntry[str]) -> frozenset[tuple[str, int, int, int, int, int]]:
+    """Return what tells a package from another state of itself; where it can't be read, that it can't."""
+    try:
+        return frozenset(islice(_files(version), MAX_PACKAGE_FILES))
+    except OSError as error:
+        return frozenset({(str(error.filename), error.errno or 0, 0, 0, 0, 0)})
+
+
 def _files(directory: os.DirEntry[str], depth: int = 0) -> Iterator[tuple[str, int, int, int, int, int]]:
-    """Yield what tells each file of a package from another state of itself."""
+    """Yield what tells each file of a package from another state of itself, as deep as a package can be."""
     if depth > MAX_DEPTH:
-        raise HostError(f"store: {directory.path} is nested deeper than {MAX_DEPTH} directories")
+        return
     for entry in _entries(directory):
         if entry.is_dir(follow_symlinks=False):
             yield from _files(entry, depth + 1)

@@ -147,15 +147,33 @@ async def test_a_store_that_is_not_there_is_an_error(tmp_path):
 
 
 async def test_a_store_beyond_the_limits_is_an_error(store, monkeypatch):
-    """Too many files, or directories nested too deep, end in an error and not in an endless scan."""
-    package(store, "deep", "1", a="1")
+    """Too many files end in an error and not in an endless scan."""
     monkeypatch.setattr(watch_module, "MAX_STORE_FILES", 3)
     with pytest.raises(HostError, match="more than 3 files"):
         StoreWatcher(store, lambda *_: None)
-    monkeypatch.undo()
-    (store / "deep/1" / "/".join("d" * 20)).mkdir(parents=True)
-    with pytest.raises(HostError, match="nested deeper"):
-        StoreWatcher(store, lambda *_: None)
+
+
+async def test_what_can_not_be_looked_at_is_no_reason_to_stop(store, monkeypatch):
+    """A package nested without end, a crowd of files, a closed folder and a store beyond its limit: the others are reported."""
+    async with watching(store, rescan_s=0.05) as (reports, _):
+        (store / "deep/1" / "/".join("d" * 20)).mkdir(parents=True)
+        (store / "deep/1/a").write_text("1")
+        assert await settled(reports) == {("deep", "1")}
+        real = watch_module._entries
+
+        def closed(directory):
+            if directory.name == "9":
+                raise PermissionError(13, "Permission denied", "9")
+            return real(directory)
+
+        monkeypatch.setattr(watch_module, "_entries", closed)
+        package(store, "closed", "9", a="1")
+        assert await settled(reports) == {("closed", "9")}
+        monkeypatch.setattr(watch_module, "MAX_STORE_FILES", 1)
+        await asyncio.sleep(0.2)
+        monkeypatch.undo()
+        (store / "dog/7/a").write_text("other")
+        assert ("dog", "7") in await settled(reports)
 
 
 async def test_a_file_that_vanishes_during_the_scan_is_just_gone(store, monkeypatch):
