@@ -10,6 +10,7 @@ OPA = Path(__file__).resolve().parent.parent / ".cache" / "bin" / "opa"
 _NAMES_OF_OPA = {"OPA", "opa", "opa_server"}
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # noqa: TID251 -- must stand before any test imports onnxruntime
+os.environ["RUST_BACKTRACE"] = "0"  # noqa: TID251 -- as in every child: a back trace with each error of a policy takes minutes in all
 # The same examples in each run, and no deadline on a shared machine.
 settings.register_profile("edgewarden", deadline=None, derandomize=True)
 settings.load_profile("edgewarden")

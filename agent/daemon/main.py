@@ -2,8 +2,9 @@
 
 Rules:
 
-1. The order of a start: the state is locked, sockets are bound and the zygote is exec'd before any secret or TPM is opened; then audit log, TPM,
-   measurement log, configuration measured, policy, models, gateway. No port is open before the models are handed over.
+1. The order of a start: the state is locked, sockets are bound and the zygote is exec'd before any secret or TPM is opened; then the
+   configuration's files are read and checked; then audit log, TPM, measurement log, configuration measured, policy, models, gateway. No port
+   is open before the models are handed over.
 2. The first task that fails stops the process; shutdown has two stages: requests drain, then everything ends.
 3. A TPM reset under the running agent ends the process: what is loaded is no longer in the log of this boot. The service manager starts it
    again, and everything is measured anew.
@@ -31,24 +32,21 @@ from agent.attest.log import MeasurementLog, TpmResetError
 from agent.attest.measurement import ZERO_PCR, config_entry
 from agent.attest.tpm import TpmThread
 from agent.audit.log import AuditLog
-from agent.config import ControlSettings, Environment, Settings
+from agent.config import Environment, Settings
 from agent.control.health import Health, Metrics, health_application
 from agent.control.serving import Surface
 from agent.control.surface import admin_application, evidence_application
 from agent.daemon.node import Node
 from agent.daemon.provision import (
     Listeners,
+    Material,
     audit_space,
     bind_listeners,
     child_user,
-    gateway_spec,
     lock_state,
     make_directory,
-    read_pem,
-    spki_sha256,
-    trust_store,
+    read_material,
 )
-from agent.daemon.tls import check_expiry, server_context
 from agent.errors import AuditError, EdgeWardenError, HostError, VerificationError
 from agent.flows.attestation import AttestationFlow
 from agent.flows.dataplane import Dataplane
@@ -97,7 +95,8 @@ def run(settings: Settings, environment: Environment) -> None:
         # Before any secret is opened; blocks until everything is imported.
         zygote = Zygote.start(PRELOAD, user=child_user(settings), sandbox_required=settings.sandbox.required)
         try:
-            uvloop.run(_Agent(settings, environment, listeners, zygote).run())
+            with contextlib.closing(read_material(settings, listeners.inference)) as material:
+                uvloop.run(_Agent(settings, environment, listeners, material, zygote).run())
         except* EdgeWardenError as group:
             raise _first(group) from None
         finally:
@@ -113,8 +112,11 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 class _Agent:
-    def __init__(self, settings: Settings, environment: Environment, listeners: Listeners, zygote: Zygote) -> None:
+    def __init__(
+        self, settings: Settings, environment: Environment, listeners: Listeners, material: Material, zygote: Zygote
+    ) -> None:
         self._settings = settings
+        self._material = material
         self._listeners = listeners
         self._zygote = zygote
         self._state = Path(settings.node.state_dir)
@@ -164,7 +166,7 @@ class _Agent:
 
     async def _build(self, stack: contextlib.AsyncExitStack, audit: AuditLog) -> Node:
         """Open everything that needs no other; what was opened is closed in the reverse order."""
-        settings = self._settings
+        settings, material = self._settings, self._material
         health = Health()
         health.report("live", holds=True, why="the control plane runs")
         health.report("connected", holds=False, why="no controller is configured")
@@ -180,12 +182,9 @@ class _Agent:
 
         deadline_s = settings.policy.evaluation_deadline_ms / 1000
         total_s = settings.policy.total_deadline_ms / 1000
-        trusted = [read_pem("policy.trusted_keys", path) for path in settings.policy.trusted_keys]
-        if not settings.policy.require_signature:
-            trusted = []
         pool = PolicyPool(
             self._zygote,
-            trusted_keys=trusted,
+            trusted_keys=material.policy_keys,
             limits=Limits(settings.policy.worker_memory_bytes, POLICY_OPEN_FILES),
             opa=OpaProgram(settings.policy.opa_binary) if settings.policy.engine == "opa" else None,
             deadline_s=deadline_s,
@@ -198,13 +197,10 @@ class _Agent:
         workers = pool.subscribe(client.attach)
         metrics = Metrics(health, lambda: {"audit_records": audit.head().size})
         node = Node(settings.node.id, audit, health, metrics, client, pool)
-        spec, sealed = gateway_spec(settings, self._listeners.inference)
-        for file in sealed:
-            stack.callback(file.close)
-        node.dataplane = Dataplane(self._zygote, spec, node)
+        node.dataplane = Dataplane(self._zygote, material.gateway, node)
         node.models = ModelKeeper(
             Path(settings.models.store),
-            trust_store(settings),
+            material.model_trust,
             PackageLimits(max_total_bytes=settings.models.max_package_bytes),
             settings.models.inspect_timeout_ms / 1000,
             zygote=self._zygote,
@@ -214,21 +210,20 @@ class _Agent:
         )
         node.policies = PolicyKeeper(
             self._state / "policy",
-            trusted,
+            material.policy_keys,
             pool=pool,
             log=log,
             dataplane=node.dataplane,
             hooks=node,
         )
-        certificate = read_pem("inference.certificate", settings.inference.certificate)
-        health.detail("inference_certificate_until", check_expiry("inference.certificate", certificate))
+        health.detail("inference_certificate_until", self._material.inference_until)
         node.attestation = AttestationFlow(
             node=settings.node.id,
             boot_id=_boot_id(),
             tpm=tpm,
             log=log,
             audit=audit,
-            inference_spki_sha256=spki_sha256("inference.certificate", certificate),
+            inference_spki_sha256=material.inference_spki_sha256,
             posture_source=lambda: _flat(posture(self._state)),
         )
         return node
@@ -250,8 +245,8 @@ class _Agent:
         self._run(node.dataplane.run())
         await node.dataplane.wait_ready()
         await self._serve(stack, admin_application(node), self._listeners.admin_unix)
-        if settings.control and self._listeners.control:
-            context, spki = _control_tls(settings.control)
+        if self._material.control and self._listeners.control:
+            context, spki = self._material.control
             await self._serve(stack, evidence_application(node, spki), self._listeners.control, context)
         self._run(watcher.run())
         self._run(self._check_tpm(node))
@@ -345,13 +340,6 @@ async def _logged(work: Coroutine[Any, Any, None], **fields: str) -> bool:
         _log.error("model_check_failed", error=str(error), **fields)
         return False
     return True
-
-
-def _control_tls(control: ControlSettings) -> tuple[ssl.SSLContext, str]:
-    certificate = read_pem("control.certificate", control.certificate)
-    key = read_pem("control.key", control.key, secret=True)
-    context = server_context("control", certificate, key, read_pem("control.client_ca", control.client_ca))
-    return context, spki_sha256("control.certificate", certificate)
 
 
 def _flat(facts: dict[str, JsonValue]) -> dict[str, str | int | bool]:

@@ -15,6 +15,7 @@ import hashlib
 import os
 import pwd
 import socket
+import ssl
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,8 @@ from cryptography.hazmat.primitives import serialization
 
 from agent import messages
 from agent.audit.log import Space
-from agent.config import Settings, split_listen
-from agent.daemon.tls import server_context
+from agent.config import ControlSettings, Settings, split_listen
+from agent.daemon.tls import check_expiry, server_context
 from agent.errors import ConfigError, HostError
 from agent.identity.token import parse_jwks
 from agent.inference.signing import TrustStore
@@ -36,12 +37,14 @@ from agent.isolation.supervisor import ChildSpec
 
 __all__ = [
     "Listeners",
+    "Material",
     "audit_space",
     "bind_listeners",
     "child_user",
     "gateway_spec",
     "lock_state",
     "make_directory",
+    "read_material",
     "read_pem",
     "spki_sha256",
     "trust_store",
@@ -93,13 +96,16 @@ def bind_listeners(settings: Settings) -> Listeners:
     make_directory("node.runtime_dir", runtime)
     control = settings.control.listen if settings.control else None
     metrics = settings.metrics.listen
-    return Listeners(
-        _bind_tcp("inference.listen", settings.inference.listen),
-        _bind_tcp("control.listen", control) if control else None,
-        _bind_tcp("metrics.listen", metrics) if metrics else None,
-        _bind_unix(runtime / "health.sock", 0o666),
-        _bind_unix(runtime / "admin.sock", 0o660),
-    )
+    with contextlib.ExitStack() as stack:
+        bound = Listeners(
+            stack.enter_context(_bind_tcp("inference.listen", settings.inference.listen)),
+            stack.enter_context(_bind_tcp("control.listen", control)) if control else None,
+            stack.enter_context(_bind_tcp("metrics.listen", metrics)) if metrics else None,
+            stack.enter_context(_bind_unix(runtime / "health.sock", 0o666)),
+            stack.enter_context(_bind_unix(runtime / "admin.sock", 0o660)),
+        )
+        stack.pop_all()
+    return bound
 
 
 def _bind_tcp(name: str, listen: str) -> socket.socket:
@@ -124,7 +130,7 @@ def _bind_unix(path: Path, mode: int) -> socket.socket:
         path.chmod(mode)
     except OSError as error:
         sock.close()
-        raise HostError(f"{path}: {error.strerror}") from error
+        raise HostError(f"{path}: {error.strerror or error}") from error
     return sock
 
 
@@ -193,6 +199,59 @@ def spki_sha256(setting: str, certificate: bytes) -> str:
     return hashlib.sha256(der).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class Material:
+    """Every file of the configuration that is read once, at the start.
+
+    Attributes:
+        policy_keys: PEM keys that sign policies; empty where no signature is demanded.
+        model_trust: whose packages count.
+        gateway: how a gateway is started.
+        sealed: what ``gateway`` refers to; stays open as long as gateways are started.
+        inference_spki_sha256: digest of the inference certificate's key.
+        inference_until: when that certificate ends.
+        control: TLS of the control listener and the digest of its key, where there is one.
+    """
+
+    policy_keys: tuple[bytes, ...]
+    model_trust: TrustStore
+    gateway: ChildSpec
+    sealed: tuple[SealedFile, ...]
+    inference_spki_sha256: str
+    inference_until: str
+    control: tuple[ssl.SSLContext, str] | None
+
+    def close(self) -> None:
+        """Close the sealed files."""
+        for file in self.sealed:
+            file.close()
+
+
+def read_material(settings: Settings, listener: socket.socket) -> Material:
+    """Read all of it, before anything is measured for a start that can't succeed.
+
+    Raises:
+        ConfigError: a file can't be read, is too open, or is not what it should be.
+    """
+    policy = settings.policy
+    keys = [read_pem("policy.trusted_keys", path) for path in policy.trusted_keys] if policy.require_signature else []
+    trust = trust_store(settings)
+    certificate = read_pem("inference.certificate", settings.inference.certificate)
+    control = _control_tls(settings.control) if settings.control else None
+    spki = spki_sha256("inference.certificate", certificate)
+    until = check_expiry("inference.certificate", certificate)
+    spec, sealed = gateway_spec(settings, listener)
+    return Material(tuple(keys), trust, spec, tuple(sealed), spki, until, control)
+
+
+def _control_tls(control: ControlSettings) -> tuple[ssl.SSLContext, str]:
+    certificate = read_pem("control.certificate", control.certificate)
+    key = read_pem("control.key", control.key, secret=True)
+    context = server_context("control", certificate, key, read_pem("control.client_ca", control.client_ca))
+    check_expiry("control.certificate", certificate)
+    return context, spki_sha256("control.certificate", certificate)
+
+
 def child_user(settings: Settings) -> tuple[int, int] | None:
     """Return uid and gid that children take, where the agent runs as root.
 
@@ -223,6 +282,7 @@ def gateway_spec(settings: Settings, listener: socket.socket) -> tuple[ChildSpec
         "key": read_pem("inference.key", inference.key, secret=True),
         "client_ca": read_pem("inference.client_ca", inference.client_ca),
     }
+    # The gateway does this again; here it is an error that an operator sees, there it would be a crash loop.
     server_context("inference", **material)
     tokens = None
     if inference.tokens:

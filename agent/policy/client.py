@@ -257,9 +257,9 @@ class PolicyClient:
 
     def _give_up(self, line: _Line) -> None:
         """Have a worker killed, and ask its other questions elsewhere."""
-        if self._drop(line):
-            self._on_overrun(line.endpoint.number)
-            self._resend(line)
+        self._drop(line)
+        self._on_overrun(line.endpoint.number)
+        self._resend(line)
 
     def _on_gone(self, line: _Line) -> None:
         """Deny what a dead worker was evaluating; ask the rest elsewhere."""

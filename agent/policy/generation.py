@@ -218,7 +218,7 @@ class Generation:
                 self.revision = revision
             case Refused(kind=kind, reason=reason):
                 raise _refusal(kind, reason)
-            case Forked():
+            case _:
                 raise PolicyError("the policy template answers what it was not asked")
 
 

@@ -14,7 +14,6 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import datetime as dt
 import ipaddress
 import json
@@ -149,32 +148,35 @@ class OpaServer:
     async def _until_ready(self, process: ProcessHandle) -> None:
         try:
             async with asyncio.timeout(_READY_TIMEOUT_S):
-                while not await self._healthy():
-                    if process.status is not None:
-                        raise PolicyError(
-                            f"OPA does not take the bundle ({process.status}); see its words in the journal"
-                        )
+                while True:
+                    if await self._healthy():
+                        return
+                    _check_running(process)
                     await asyncio.sleep(_READY_PAUSE_S)
         except TimeoutError as error:
             raise PolicyError(f"OPA is not ready within {_READY_TIMEOUT_S:g} s") from error
 
     async def _healthy(self) -> bool:
-        context = ssl.create_default_context(cadata=self.access.certificate)
-        request = f"GET /health HTTP/1.0\r\nAuthorization: Bearer {self.access.token}\r\n\r\n".encode()
-        writer: asyncio.StreamWriter | None = None
         try:
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
-                reader, writer = await asyncio.open_connection(LOOPBACK, self.access.port, ssl=context)
-                writer.write(request)
-                status = await reader.readline()
+                return await self._probe()
         except (OSError, TimeoutError):
             return False
+
+    async def _probe(self) -> bool:
+        context = ssl.create_default_context(cadata=self.access.certificate)
+        reader, writer = await asyncio.open_connection(LOOPBACK, self.access.port, ssl=context)
+        try:
+            writer.write(f"GET /health HTTP/1.0\r\nAuthorization: Bearer {self.access.token}\r\n\r\n".encode())
+            status = await reader.readline()
         finally:
-            if writer is not None:
-                writer.close()
-                with contextlib.suppress(OSError):
-                    await writer.wait_closed()
+            writer.transport.abort()
         return status.split(b" ")[1:2] == [b"200"]
+
+
+def _check_running(process: ProcessHandle) -> None:
+    if process.status is not None:
+        raise PolicyError(f"OPA does not take the bundle ({process.status}); see its words in the journal")
 
 
 def _free_port() -> int:

@@ -53,20 +53,26 @@ def template(child: Child) -> None:
     child.enter_sandbox()
     channel = Channel(child.channel)
     try:
-        bundle = Bundle.from_bytes(bytes(map_sealed(child.fds["bundle"])), [key.encode() for key in args.trusted_keys])
-        if args.opa is not None:
-            check_bundle(bundle)
-        engine = EmbeddedEngine(bundle) if args.opa is None else OpaEngine(args.opa)
-        engine.check()
+        engine, loaded = _load(child.fds["bundle"], args)
     except (PolicyError, VerificationError, ConfigError, IsolationError) as error:
         _report(channel, Refused(_BLAME[type(error)], str(error)))
         return
-    _report(channel, Loaded(bundle.revision, bundle.sha256))
+    _report(channel, loaded)
     gc.collect()
     gc.freeze()  # workers share these pages as long as nobody writes to them
     while (frames := channel.receive()) is not None:
         for frame in frames:
             _report(channel, _fork(engine, frame, args.opa))
+
+
+def _load(fd: int, args: TemplateArgs) -> tuple[Engine, Loaded]:
+    """Build the engine; what the bundle took besides is free again when this returns."""
+    bundle = Bundle.from_bytes(bytes(map_sealed(fd)), [key.encode() for key in args.trusted_keys])
+    if args.opa is not None:
+        check_bundle(bundle)
+    engine = EmbeddedEngine(bundle) if args.opa is None else OpaEngine(args.opa)
+    engine.check()
+    return engine, Loaded(bundle.revision, bundle.sha256)
 
 
 def _report(channel: Channel, report: Report) -> None:

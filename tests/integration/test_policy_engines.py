@@ -5,6 +5,7 @@ Where an engine errs, its answer is a deny; where both answer, they answer the s
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
 import ssl
@@ -44,6 +45,13 @@ def zygote():
     started = Zygote.start([])
     yield started
     started.close()
+
+
+@pytest.fixture(autouse=True)
+def engines_end_here() -> Iterator[None]:
+    """Collect engines in the thread that made them; caught errors keep them alive in cycles."""
+    yield
+    gc.collect()
 
 
 @contextlib.asynccontextmanager
@@ -310,6 +318,11 @@ def test_whatever_the_server_answers_is_a_decision_or_our_error(odd_server, monk
     monkeypatch.setattr(_Answers, "body", body)
     with pytest.raises(PolicyError, match=words):
         odd_server.evaluate(b"{}")
+
+
+def test_an_error_without_a_response_has_words():
+    """The client's error may carry no response."""
+    assert opa_rules._words(None) == "no response"
 
 
 def test_a_server_that_is_not_there_is_our_error(monkeypatch):

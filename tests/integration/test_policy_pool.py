@@ -153,14 +153,14 @@ async def test_a_new_policy_takes_over_and_loses_nothing(zygote, opa):
 
         asking = asyncio.gather(load(), load())
         new = await pool.activate(bundle(other, manifest={"revision": "two", "roots": ["edgewarden"]}))
-        await asker.ask("open")
+        after = await asker.ask("open")
         stop.set()
         seen = {answer for answers in await asking for answer in answers}
         assert pool.active == new
     assert old is not None
     assert new.revision == "two"
     assert seen <= {(old.sha256, "not today", None), (new.sha256, "never", None)}
-    assert (new.sha256, "never", None) in seen
+    assert (after.policy_sha256, after.decision.reasons, after.error) == (new.sha256, ("never",), None)
 
 
 def bad_bundles() -> dict[str, tuple[bytes, type[Exception], str]]:
@@ -400,6 +400,44 @@ async def test_a_template_that_lies_is_refused(zygote_of_liars, entry, monkeypat
     monkeypatch.setattr("agent.policy.generation._ENTRY", f"tests.support.policy_entries:{entry}")
     with pytest.raises(PolicyError):
         await load(zygote_of_liars, bundle(HOSTILE), load_timeout_s=0.5)
+
+
+async def test_the_machines_fault_is_not_the_bundles(zygote_of_liars, monkeypatch):
+    """A template that blames the machine gives an isolation error."""
+    monkeypatch.setattr("agent.policy.generation._ENTRY", "tests.support.policy_entries:refuses")
+    with pytest.raises(IsolationError, match="not sealed"):
+        await load(zygote_of_liars, bundle(HOSTILE))
+
+
+async def test_a_successor_that_fails_is_tried_again(zygote_of_liars, monkeypatch):
+    """When the template's successor refuses, workers are missing for a while, and come back with the next one."""
+    async with pooled(zygote_of_liars, bundle(HOSTILE)) as (pool, asker):
+        generation = pool._generation
+        assert generation is not None
+        assert generation._template is not None
+        with monkeypatch.context() as patch:
+            patch.setattr("agent.policy.generation._ENTRY", "tests.support.policy_entries:lies")
+            failed = generation._template
+            failed.handle.kill()
+            await failed.handle.wait()
+            for number in list(asker.subscription._workers):
+                asker.subscription.overrun(number)
+            await until(lambda: len(pool._backoff._deaths) > 3)
+            assert asker.client.workers == 0
+        await asker.ready()
+        assert (await asker.ask("infer")).decision.allow
+
+
+async def test_a_worker_that_comes_too_late_is_let_go(zygote):
+    """An asker that left while its worker was forked gets none, and none is left behind."""
+    async with pooled(zygote, bundle(HOSTILE)) as (pool, _):
+        got: list[Endpoint] = []
+        pool.subscribe(got.append).close()
+        late = pool.subscribe(got.append)
+        await asyncio.sleep(0)  # its forks are asked for
+        late.close()
+        await until(lambda: len(pool._tasks) == rules.WORKERS_PER_ASKER)
+        assert got == []
 
 
 @pytest.mark.parametrize("entry", ["stranger", "barren", "silent"])

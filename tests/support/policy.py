@@ -101,7 +101,7 @@ class Script:
     def __init__(self) -> None:
         self.seen: list[dict[str, object]] = []
         self.release = threading.Event()
-        self.before: Callable[[], None] = lambda: None
+        self.resume = threading.Event()
 
     def evaluate(self, input_json: bytes) -> bytes:
         value = json.loads(input_json)
@@ -111,6 +111,10 @@ class Script:
                 self.release.wait(30)
             case "die":
                 raise SystemExit
+            case "pause":
+                self.resume.wait(30)
+            case "swell":
+                return json.dumps({"allow": True, "reasons": ["x" * 20_000]}).encode()
             case "fail":
                 raise PolicyError("it failed")
             case _:

@@ -82,3 +82,9 @@ def silent(child: Child) -> None:
     channel, loaded = _begin(child)
     _say(channel, loaded)
     _wait(channel)
+
+
+def refuses(child: Child) -> None:
+    """Refuse the bundle for a fault of the machine."""
+    channel, _ = _begin(child)
+    _say(channel, Refused("isolation", "not sealed"))

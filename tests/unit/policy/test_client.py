@@ -6,7 +6,7 @@ import contextlib
 import pytest
 
 from agent.errors import IsolationError
-from agent.isolation.channel import MAX_QUEUED_FRAMES, channel_pair
+from agent.isolation.channel import MAX_QUEUED_FRAMES, Channel, channel_pair
 from agent.policy.client import PolicyClient
 from agent.policy.messages import MAX_QUESTION_BYTES, Answer, Endpoint, pack_answer, stamp_memory
 from agent.records import DENY_ALL
@@ -211,6 +211,34 @@ async def test_an_evaluation_whose_question_is_gone_is_still_stopped() -> None:
     assert killed == [worker.number]
 
 
+async def test_an_evaluation_that_outlives_its_question_is_stopped_though_its_worker_was_heard() -> None:
+    """A sign of life between question and expiry does not save a worker whose evaluation overruns later."""
+    worker = WorkerThread()
+    async with asking(worker, deadline_s=0.8, total_s=0.4) as (client, killed):
+        first = asyncio.ensure_future(client.decide({"do": "pause"}))
+        await until(lambda: worker.engine.seen)
+        second = asyncio.ensure_future(client.decide({"do": "hang"}))
+        await asyncio.sleep(0.01)
+        worker.engine.resume.set()
+        assert (await first).error is None
+        assert "no answer" in ((await second).error or "")
+        assert killed == []
+        await until(lambda: killed)
+
+
+async def test_nonsense_twice_in_a_message_kills_once() -> None:
+    """The rest of a message of a worker that was given up is ignored."""
+    known: list[int] = []
+    client = PolicyClient(known.append, deadline_s=0.1, total_deadline_s=0.2)
+    ours, theirs = channel_pair()
+    client.attach(Endpoint(5, ours, stamp_memory(), "a" * 64, "r1"))
+    Channel(theirs).send_many([b"x", b"y"])
+    await until(lambda: known)
+    assert known == [5]
+    client.close()
+    theirs.close()
+
+
 @pytest.mark.parametrize("frame", [b"", b"short"])
 async def test_a_worker_that_talks_nonsense_is_killed(frame) -> None:
     """A malformed answer gives the worker up; the question goes to the spare."""
@@ -347,8 +375,6 @@ async def test_a_worker_that_does_not_read_is_dropped() -> None:
 
 async def test_a_worker_serves_more_than_one_message_of_answers() -> None:
     """Answers that do not fit one message go in several."""
-    worker = WorkerThread(Script())
-    big = {"allow": True, "reasons": ["x" * 20_000]}
-    async with asking(worker) as (client, _):
-        answers = await asyncio.gather(*(client.decide({"answer": big, "n": n}) for n in range(9)))
-    assert all(len(answer.decision.reasons[0]) == 20_000 for answer in answers)
+    async with asking(WorkerThread(Script())) as (client, _):
+        answers = await asyncio.gather(*(client.decide({"do": "swell"}) for _ in range(9)))
+    assert [len(answer.decision.reasons[0]) for answer in answers] == [20_000] * 9

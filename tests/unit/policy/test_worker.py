@@ -1,5 +1,6 @@
 """Template and worker, run in this process so that every branch is seen; the real processes are integration tests."""
 
+import gc
 import os
 import socket
 
@@ -12,7 +13,9 @@ from agent.isolation.memfd import seal_bytes
 from agent.isolation.sandbox import probe
 from agent.policy import worker as rules
 from agent.policy.build import sign
+from agent.policy.bundle import Bundle
 from agent.policy.messages import Stamp, pack_question, stamp_memory, unpack_answer
+from agent.policy.opa import check_bundle
 from agent.policy.worker import Forked, Loaded, Refused, Report, template
 from tests.support.policy import HOSTILE, bundle, document, keypair
 
@@ -36,6 +39,7 @@ def run(data: bytes, *commands: list[int], sealed: bool = True, **args) -> list[
         return probe()
 
     template(Child(theirs, args, {"bundle": fd}, enter))
+    gc.unfreeze()
     assert entered == [True]
     theirs.close()
     os.close(fd)
@@ -89,6 +93,11 @@ def test_opa_is_given_no_bundle_that_reaches_out() -> None:
     assert "http.send" in refusal(bundle("package edgewarden\nx := http.send({})"), opa=opa).reason
     assert "system/authz" in refusal(bundle(HOSTILE, manifest={"roots": [""]}), opa=opa).reason
     assert "system/authz" in refusal(bundle(HOSTILE, manifest={"roots": ["system/authz/x"]}), opa=opa).reason
+
+
+def test_opa_is_given_a_harmless_bundle() -> None:
+    """What neither reaches out nor says who may ask passes."""
+    check_bundle(Bundle.from_bytes(bundle(HOSTILE)))
 
 
 def test_a_fork_command_starts_a_worker(monkeypatch) -> None:
