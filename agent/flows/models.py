@@ -102,6 +102,7 @@ class ModelKeeper:
         self._refused: dict[tuple[str, str], str] = {}  # why
         self._packages: dict[tuple[str, str], Package] = {}
         self._unsettled: set[tuple[str, str]] = set()
+        self._loading: set[tuple[str, str]] = set()
         self._turn = asyncio.Lock()
 
     def status(self) -> list[JsonValue]:
@@ -110,7 +111,7 @@ class ModelKeeper:
             {
                 "name": name,
                 "version": version,
-                "state": "loaded" if (name, version) in self._dataplane.models else "not served",
+                "state": self._state(name, version),
                 "digest": model.digest,
                 "signer": model.signer,
             }
@@ -125,6 +126,12 @@ class ModelKeeper:
             for name, version in sorted(self._unsettled - self._in_force.keys() - self._refused.keys())
         ]
         return loaded + refused + unsettled
+
+    def _state(self, name: str, version: str) -> str:
+        """Say where a package in force stands: the gateway makes its session, answers with it, or could not take it."""
+        if (name, version) in self._loading:
+            return "loading"
+        return "loaded" if (name, version) in self._dataplane.models else "not served"
 
     async def scan(self) -> None:
         """Bring every package of the store, and every one that is loaded or that the log calls in force, up to date.
@@ -244,7 +251,11 @@ class ModelKeeper:
         served = ServedModel(
             name, version, package.sha256, signer.sha256_of_spki, {path: package.file(path) for path in handed}
         )
-        error = await self._dataplane.load(served)
+        self._loading.add(key)
+        try:
+            error = await self._dataplane.load(served)
+        finally:
+            self._loading.discard(key)
         old = self._packages.pop(key, None)
         if old:
             old.close()

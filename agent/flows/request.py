@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -30,6 +29,7 @@ import numpy as np
 
 from agent import clock
 from agent.errors import AuditError, PeerError, PolicyError, VerificationError
+from agent.flows.counters import Counters
 from agent.flows.policy_data import PolicyData
 from agent.flows.recording import AuditClient
 from agent.flows.refusals import Refusals
@@ -46,7 +46,7 @@ from agent.messages import NodeFacts
 from agent.policy.client import PolicyClient
 from agent.records import AuditEvent, PolicyAnswer, Principal
 
-__all__ = ["Answer", "Caller", "Counters", "RequestFlow", "Wire"]
+__all__ = ["Answer", "Caller", "RequestFlow", "Wire"]
 
 SALT_BYTES = 32
 _ANONYMOUS = Principal(id="", kind="mtls")
@@ -87,39 +87,6 @@ class Answer:
     decision_id: str
     salt: bytes
     latency_us: Mapping[str, int]
-
-
-class Counters:
-    """Counters that the gateway reports; see ``agent/control/health.py`` for the form of the keys."""
-
-    EDGES = (100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 1_000_000)
-
-    def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-        self._latency: dict[str, list[int]] = {}  # by stage: requests in each bucket, then the sum
-
-    @property
-    def values(self) -> dict[str, int]:
-        """All counters by key. Keys are made here, once a report, and not once a request."""
-        values = dict(self._counts)
-        for stage, buckets in self._latency.items():
-            for edge, count in zip((*self.EDGES, "+Inf", "sum"), buckets, strict=True):
-                if count:
-                    values[f"latency|le={edge}|stage={stage}"] = count
-        return values
-
-    def count(self, key: str, by: int = 1) -> None:
-        """Add to a counter."""
-        self._counts[key] = self._counts.get(key, 0) + by
-
-    def observe(self, latency_us: Mapping[str, int]) -> None:
-        """Add a request's latency split to the histograms."""
-        for stage, micros in latency_us.items():
-            buckets = self._latency.get(stage)
-            if buckets is None:
-                buckets = self._latency[stage] = [0] * (len(self.EDGES) + 2)
-            buckets[bisect_left(self.EDGES, micros)] += 1
-            buckets[-1] += micros
 
 
 @dataclass(slots=True)

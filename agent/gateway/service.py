@@ -19,10 +19,11 @@ from typing import Any, Final
 
 from agent import messages
 from agent.errors import IsolationError, PolicyError, VerificationError
+from agent.flows.counters import Counters
 from agent.flows.loading import load_model
 from agent.flows.policy_data import PolicyData
 from agent.flows.recording import AuditClient
-from agent.flows.request import Counters, RequestFlow
+from agent.flows.request import RequestFlow
 from agent.flows.running import Runner
 from agent.gateway import oip
 from agent.gateway.connections import ConnectionLimits, Front

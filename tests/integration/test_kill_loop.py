@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from agent.attest.measurement import parse_entries
-from tests.support.chaos import ChaosNode, Client, prepare_template, running, subreaper, wait_until
+from tests.support.chaos import FORGOTTEN_SOCKETS, ChaosNode, Client, prepare_template, running, subreaper, wait_until
 from tests.support.models import write_tiny
 from tools.demo_node import edgewarden
 
@@ -28,7 +28,7 @@ CHILD_KILLS_A_LIFE = 9
 START_S = 1.8
 PCR = 14
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [FORGOTTEN_SOCKETS, pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 class Load:

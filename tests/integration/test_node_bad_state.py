@@ -139,6 +139,7 @@ def test_one_agent_a_state_directory(used, tmp_path):
         assert (status, "another agent is running" in words) == (EXIT_ENVIRONMENT, True)
 
 
+@pytest.mark.slow
 def test_the_measurement_log_after_a_crash_and_after_a_stranger(template, tmp_path):
     """A torn entry is cut and a pending one extended; one that is missing, or a whole log, is tampering until the TPM is reset."""
     with running(template, tmp_path) as (node, tpm):

@@ -126,6 +126,7 @@ def test_requests_are_refused_until_there_is_space_again(template, tmp_path):
         assert len(answered) > 10
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_not_loaded(template, tmp_path):
     """With no room for the measurement log a package stays out, with the reason, and comes in by itself once there is room."""
     with node_on_small_disk(template, tmp_path) as node:

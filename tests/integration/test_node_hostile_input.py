@@ -12,7 +12,15 @@ import struct
 import psutil
 import pytest
 
-from tests.support.chaos import TINY_REQUEST, ChaosNode, Client, prepare_template, running, wait_until
+from tests.support.chaos import (
+    FORGOTTEN_SOCKETS,
+    TINY_REQUEST,
+    ChaosNode,
+    Client,
+    prepare_template,
+    running,
+    wait_until,
+)
 from tests.support.models import write_tiny
 
 SEED = 7
@@ -25,7 +33,7 @@ GOOD = b"POST " + PATH + b" HTTP/1.1\r\nHost: x\r\nContent-Length: " + LENGTH + 
 CLOSE = b"Connection: close\r\n"  # where the request's end is beyond doubt, only the client ends the connection
 SMUGGLED = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
-pytestmark = pytest.mark.integration
+pytestmark = [FORGOTTEN_SOCKETS, pytest.mark.integration]
 
 
 @pytest.fixture(scope="module")

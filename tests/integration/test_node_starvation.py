@@ -15,7 +15,7 @@ import pytest
 
 from agent.control.serving import MAX_CONNECTIONS
 from agent.flows.refusals import RECORDS_PER_SECOND
-from tests.support.chaos import TINY_REQUEST, Client, prepare_template, running, wait_until
+from tests.support.chaos import FORGOTTEN_SOCKETS, TINY_REQUEST, Client, prepare_template, running, wait_until
 from tests.support.identity import jwks
 from tests.support.models import new_key
 from tools.pki import Authority
@@ -34,7 +34,7 @@ LIMITS = {
     }
 }
 
-pytestmark = pytest.mark.integration
+pytestmark = [FORGOTTEN_SOCKETS, pytest.mark.integration]
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,7 @@ def good_client(node) -> HTTPSConnection:
     )
 
 
+@pytest.mark.slow
 def test_who_floods_does_not_take_the_place_of_who_does_not(template, tmp_path):
     """All requests of a good client succeed, on old connections and on new ones; connections and records stay bounded."""
     with running(template, tmp_path, LIMITS) as (node, _):

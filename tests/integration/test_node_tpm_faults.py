@@ -45,6 +45,7 @@ def test_without_a_tpm_the_node_does_not_start(template, tmp_path):
         assert "serving" not in {event.get("event") for event in node.events()}
 
 
+@pytest.mark.slow
 def test_a_tpm_that_hangs_stops_what_needs_it_and_nothing_else(template, tmp_path):
     """Evidence and new models are refused with 503 and the health says why; inference goes on; all of it recovers."""
     with running(template, tmp_path, QUICK) as (node, tpm):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from agent.audit.reader import tail, verify_log
 from agent.isolation.kernel import prctl
@@ -30,6 +31,7 @@ from tests.support.swtpm import SwTpm
 from tools.demo_node import ROOT, DemoNode, edgewarden
 
 __all__ = [
+    "FORGOTTEN_SOCKETS",
     "ROOMY",
     "TINY_REQUEST",
     "ChaosNode",
@@ -46,6 +48,10 @@ _PR_SET_CHILD_SUBREAPER = 36
 TINY_REQUEST = json.dumps(
     {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 64], "data": [0.5] * 64}]}
 ).encode()
+# A reset in the middle of a handshake makes the ssl module of Python 3.11 forget its socket: the client's matter, and what these tests are about.
+FORGOTTEN_SOCKETS = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <ssl.SSLSocket:pytest.PytestUnraisableExceptionWarning"
+)
 # On a busy machine a decision may take its time: these tests are about what is answered, not how fast.
 ROOMY: Mapping[str, Mapping[str, Any]] = {
     "policy": {"evaluation_deadline_ms": 5_000, "total_deadline_ms": 20_000},

@@ -1,6 +1,6 @@
 """What a gateway counts."""
 
-from agent.flows.request import Counters
+from agent.flows.counters import Counters
 
 
 def test_a_latency_falls_into_the_bucket_of_the_first_edge_that_is_not_below_it():
