@@ -419,10 +419,12 @@ finally:
 @only_root
 def test_every_child_has_telemetry_switched_off(shared):
     """The variable that keeps onnxruntime silent stands in the environment of every child."""
-    tree = processes(shared)
-    assert tree
-    for pid in tree:
-        assert b"ORT_DISABLE_TELEMETRY=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    seen = 0
+    for pid in processes(shared):
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # the worker of a trial ends when it likes
+            assert b"ORT_DISABLE_TELEMETRY=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            seen += 1
+    assert seen >= 3  # zygote, gateway, policy
 
 
 # --- the end
