@@ -174,10 +174,10 @@ def _encrypted(root):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (_foreign, r"inference\.key: it is not the unencrypted key"),
-        (_encrypted, r"inference\.key: it is not the unencrypted key"),
-        (lambda root: (root / "pki" / "node.pem").write_text("none"), r"inference\.key: it is not"),
-        (lambda root: (root / "pki" / "ca.pem").write_text("none"), r"inference\.client_ca: no PEM"),
+        (_foreign, r"inference\.key: they do not load together"),
+        (_encrypted, r"inference\.key: they do not load together"),
+        (lambda root: (root / "pki" / "node.pem").write_text("none"), r"inference\.key: they do not load together"),
+        (lambda root: (root / "pki" / "ca.pem").write_text("none"), r"inference\.client_ca: not PEM certificates"),
         (lambda root: (root / "pki" / "node.key").chmod(0o644), r"inference\.key: .*too open"),
         (lambda root: (root / "jwks.json").write_text("{}"), "jwks: 'keys' must be"),
     ],
