@@ -172,8 +172,8 @@ class Gateway:
     async def _load(self, load: messages.LoadModel, files: dict[str, int]) -> None:
         error = ""
         try:
-            # A session takes long to build; requests go on meanwhile. One at a time: msgspec crashes where two threads are the first to
-            # convert to a type.
+            # A session takes long to build; requests go on meanwhile. One at a time: with several threads in msgspec's converter at once
+            # gateways have died of a null pointer in its C code.
             async with self._loading:
                 model: LoadedModel = await asyncio.to_thread(
                     load_model, files, digest=load.digest, signer=load.signer, threads=self._start.threads
