@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent.control.health import FACTS, LATENCY_BUCKETS_US, Health, Metrics, health_application
-from agent.flows.request import Counters
+from agent.flows.counters import Counters
 
 
 def metrics(health=None):
