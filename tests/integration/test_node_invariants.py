@@ -491,11 +491,19 @@ def test_a_stop_during_the_start_is_a_stop(node_home, tmp_path):
             command = [sys.executable, "-m", "agent.cli", "run", "--config", str(node.config)]
             node.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         until(lambda: any(event["event"] == "policy_activated" for event in node.events(begin)))
-        tree = processes(node)
+        tree = [psutil.Process(pid) for pid in processes(node) if psutil.pid_exists(pid)]
         assert tree
         assert node.stop() == 0
         assert not any(event["event"] == "serving" for event in node.events(begin))
-        until(lambda: not any(psutil.pid_exists(pid) for pid in tree))
+        until(lambda: not any(_lives(process) for process in tree))
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether this very process runs: its number may be another's by now, and a dead one may wait to be reaped."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_two_agents_do_not_share_a_state(shared):
