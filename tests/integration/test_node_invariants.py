@@ -495,10 +495,10 @@ def test_a_stop_during_the_start_is_a_stop(node_home, tmp_path):
         assert tree
         assert node.stop() == 0
         assert not any(event["event"] == "serving" for event in node.events(begin))
-        until(lambda: not any(_lives(process) for process in tree))
+        until(lambda: not any(_runs(process) for process in tree))
 
 
-def _lives(process: psutil.Process) -> bool:
+def _runs(process: psutil.Process) -> bool:
     """Whether this very process runs: its number may be another's by now, and a dead one may wait to be reaped."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
