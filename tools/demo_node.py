@@ -92,8 +92,9 @@ class UnixConnection(HTTPConnection):
     def connect(self) -> None:
         """Connect."""
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(30)
+        # Blocking: with a time-out, a Unix socket does not wait for a place in the listener's queue.
         self.sock.connect(str(self._path))
+        self.sock.settimeout(30)
 
 
 @dataclass(slots=True)
