@@ -109,6 +109,9 @@ class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     opa_binary: Annotated[str, Meta(description="OPA executable, for the engine `opa`.")] = "/usr/bin/opa"
     evaluation_deadline_ms: Annotated[int, _security("Time for one evaluation.", ge=1, le=10_000)] = 50
     total_deadline_ms: Annotated[int, _security("Time for a decision, waiting included.", ge=10, le=60_000)] = 1_000
+    remember_decisions: Annotated[
+        bool, Meta(description="Answer a question that is like an earlier one from memory, where the policy allows it.")
+    ] = True
     worker_memory_bytes: Annotated[int, _security("Memory a policy worker may add.", ge=8 << 20, le=8 << 30)] = (
         256 << 20
     )

@@ -54,7 +54,7 @@ _HOT: Final = struct.Struct("<cQ")
 _COUNTER: Final = re.compile(
     r"requests_total\|model=[A-Za-z0-9._-]{1,64}\|outcome=ok"
     r"|refusals_total\|reason=[a-z_]{1,40}"
-    r"|unrecorded_refusals_total"
+    r"|unrecorded_refusals_total|decisions_remembered_total"
     r"|latency\|le=(?:[0-9]{1,9}|\+Inf|sum)\|stage=[a-z0-9_.]{1,40}",
     re.ASCII,
 )
@@ -85,14 +85,19 @@ class GatewayStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_concurrent: int
     evaluation_deadline_ms: int
     total_deadline_ms: int
+    remember_decisions: bool
 
 
 class WorkerEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="worker"):
-    """A policy worker for this gateway; descriptors: its socket, its shared memory."""
+    """A policy worker for this gateway; descriptors: its socket, its shared memory.
+
+    ``request_reads``: the members of ``input.request`` that its decisions depend on; None where they are not to be remembered.
+    """
 
     worker: int
     policy_sha256: str
     revision: str
+    request_reads: tuple[str, ...] | None = None
 
 
 class PolicyData(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="policy-data"):

@@ -308,6 +308,7 @@ def gateway_spec(settings: Settings, listener: socket.socket) -> tuple[ChildSpec
         max_concurrent=inference.max_concurrent,
         evaluation_deadline_ms=settings.policy.evaluation_deadline_ms,
         total_deadline_ms=settings.policy.total_deadline_ms,
+        remember_decisions=settings.policy.remember_decisions,
     )
     spec = ChildSpec(
         profile=Profile.GATEWAY,

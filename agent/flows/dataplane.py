@@ -225,7 +225,7 @@ class Dataplane:
 
     def _endpoint(self, endpoint: Endpoint) -> None:
         self._tell(
-            messages.WorkerEndpoint(endpoint.number, endpoint.policy_sha256, endpoint.revision),
+            messages.WorkerEndpoint(endpoint.number, endpoint.policy_sha256, endpoint.revision, endpoint.request_reads),
             endpoint.sock.fileno(),
             endpoint.stamp_fd,
         )

@@ -44,12 +44,14 @@ from agent.inference.registry import LoadedModel, Registry
 from agent.inference.tensors import InferRequest, InferResponse, Tensor, salted_digest
 from agent.messages import NodeFacts
 from agent.policy.client import PolicyClient
+from agent.policy.question import Question
 from agent.records import AuditEvent, PolicyAnswer, Principal
 
 __all__ = ["Answer", "Caller", "RequestFlow", "Wire"]
 
 SALT_BYTES = 32
 _ANONYMOUS = Principal(id="", kind="mtls")
+_json = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,30 +285,15 @@ class RequestFlow:
 
     async def _authorize(self, trace: _Trace, loaded: LoadedModel | None, asked: dict[str, Any]) -> PolicyAnswer:
         """Ask the policy; what is unknown is absent from its input, version 1."""
-        facts = self.facts
-        node: dict[str, Any] = {"id": self.node, "trust": facts.trust, "posture": facts.posture}
-        if facts.attested_age_s is not None:
-            node["attested_age_s"] = facts.attested_age_s
-        about: dict[str, Any] = {}
-        if loaded is not None:
-            manifest = loaded.manifest
-            about["resource"] = {
-                "model": manifest.name,
-                "version": manifest.version,
-                "digest": loaded.sha256,
-                "signer": loaded.signer,
-                "measured": True,
-                "sensitivity": manifest.sensitivity,
-            }
-        answer = trace.answer = await self.policy.decide(
-            {
-                **about,
-                "subject": msgspec.structs.asdict(trace.principal),
-                "action": trace.action,
-                "request": {**asked, "source_ip": trace.source_ip, "time": clock.rfc3339(trace.began_us)},
-                "node": node,
-            }
+        request = {**asked, "source_ip": trace.source_ip, "time": clock.rfc3339_seconds(trace.began_us)}
+        question = Question(
+            subject=_json(trace.principal),
+            action=trace.action,
+            resource=b"" if loaded is None else _resource(loaded),
+            node=_node(self.node, self.facts),
+            request=request,
         )
+        answer = trace.answer = await self.policy.decide(question)
         if not answer.decision.allow:
             words = "denied by policy"
             if self.data.explain_denials and answer.decision.reasons:
@@ -369,6 +356,27 @@ class RequestFlow:
                 await waiting
         except AuditError:
             self.counters.count("unrecorded_refusals_total")
+
+
+def _resource(loaded: LoadedModel) -> bytes:
+    manifest = loaded.manifest
+    return _json(
+        {
+            "model": manifest.name,
+            "version": manifest.version,
+            "digest": loaded.sha256,
+            "signer": loaded.signer,
+            "measured": True,
+            "sensitivity": manifest.sensitivity,
+        }
+    )
+
+
+def _node(name: str, facts: NodeFacts) -> bytes:
+    node: dict[str, Any] = {"id": name, "trust": facts.trust, "posture": facts.posture}
+    if facts.attested_age_s is not None:
+        node["attested_age_s"] = facts.attested_age_s
+    return _json(node)
 
 
 def _egress(

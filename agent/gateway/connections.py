@@ -4,33 +4,30 @@ Rules:
 
 1. At most :attr:`ConnectionLimits.total` connections are open, and at most :attr:`ConnectionLimits.per_source` of one address, TLS
    handshakes included; one more is cut before a byte of it is read.
-2. A handshake has ``header_s``. A connection whose first request is not complete up to its headers within ``header_s`` more is cut; an
-   idle one after ``idle_s``.
+2. A handshake has ``header_s``. So has each request from its first byte to the end of its headers, and the first one from the end of
+   the handshake. Between two requests, and for an answer that is not read, a connection has ``idle_s``.
 3. Bodies are never decompressed here: a body with a content coding is refused by the routes.
 """
 
 import asyncio
+import contextlib
 import errno
 import socket
 import ssl
 import struct
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from aiohttp import web
-from aiohttp.web_protocol import RequestHandler
+from agent.gateway.http import Connection, Request, Response
 
-from agent.http_protocol import make_protocol
+__all__ = ["ConnectionLimits", "Front"]
 
-__all__ = ["ConnectionLimits", "Front", "source_address"]
-
-MAX_HEADER_LINE_BYTES = 8190
-MAX_HEADERS = 64
 BACKLOG = 1024  # connections that the kernel holds for us
 ACCEPT_RETRY_S = 0.05
 SHUTDOWN_S = 1.0  # for the peer's part of a TLS shutdown
+MAX_SWEEP_S = 0.5  # how late a connection may be cut at most
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close at once
 
 
@@ -44,37 +41,31 @@ class ConnectionLimits:
     idle_s: float
 
 
-class Front(web.Server):
-    """aiohttp's low-level server (no router, no middleware) with limits on connections."""
+class Front:
+    """A listener's connections, with limits on them.
+
+    Args:
+        handler: answers a request.
+        limits: of connections.
+        refused: told the reason and the address of each connection that was cut.
+    """
 
     def __init__(
         self,
-        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        handler: Callable[[Request], Coroutine[Any, Any, Response]],
         limits: ConnectionLimits,
         refused: Callable[[str, str], None],
     ) -> None:
-        """Serve ``handler``; ``refused(reason, address)`` is told of each connection that was cut."""
-        options: dict[str, Any] = {
-            "access_log": None,
-            "auto_decompress": False,
-            "keepalive_timeout": limits.idle_s,
-            "lingering_time": 0.0,
-            "max_line_size": MAX_HEADER_LINE_BYTES,
-            "max_field_size": MAX_HEADER_LINE_BYTES,
-            "max_headers": MAX_HEADERS,
-            "tcp_keepalive": True,
-        }
-        super().__init__(handler, **options)
+        self.handle = handler
         self._limits = limits
         self._refused = refused
         self._sources: Counter[str] = Counter()
-        self._source_of: dict[RequestHandler, str] = {}
-        self._watched: dict[RequestHandler, asyncio.TimerHandle] = {}
+        self._connections: set[Connection] = set()
         self._handshakes: set[asyncio.Task[None]] = set()
-
-    def __call__(self) -> RequestHandler:
-        """Make the protocol of one connection."""
-        return make_protocol(self)
+        self._sweeping: asyncio.TimerHandle | None = None
+        self._sweep_s = min(MAX_SWEEP_S, limits.header_s / 4, limits.idle_s / 4)
+        self._empty = asyncio.Event()
+        self._empty.set()
 
     @property
     def open_connections(self) -> int:
@@ -110,7 +101,7 @@ class Front(web.Server):
     async def _shake_hands(self, sock: socket.socket, source: str, context: ssl.SSLContext) -> None:
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                self,
+                lambda: Connection(self, source),
                 sock,
                 ssl=context,
                 ssl_handshake_timeout=self._limits.header_s,
@@ -125,42 +116,53 @@ class Front(web.Server):
             return "connections"
         return "connections_of_source" if self._sources[source] >= self._limits.per_source else ""
 
-    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
-        """Start the header clock of a connection whose handshake is complete."""
-        super().connection_made(handler, transport)
-        self._source_of[handler] = source_address(transport)
-        self._watched[handler] = asyncio.get_running_loop().call_later(self._limits.header_s, self._cut, handler)
+    def connected(self, connection: Connection) -> None:
+        """See :class:`agent.gateway.http.Server`."""
+        self._connections.add(connection)
+        self._empty.clear()
+        if self._sweeping is None:
+            self._sweeping = asyncio.get_running_loop().call_later(self._sweep_s, self._sweep)
 
-    def request_began(self, handler: RequestHandler) -> None:
-        """Stop the header clock: the headers of a request are complete."""
-        timer = self._watched.pop(handler, None)
-        if timer:
-            timer.cancel()
+    def disconnected(self, connection: Connection) -> None:
+        """See :class:`agent.gateway.http.Server`."""
+        self._connections.discard(connection)
+        self._forget(connection.source)
+        if not self._connections:
+            self._empty.set()
 
-    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
-        """Forget a connection."""
-        super().connection_lost(handler, exc)
-        self.request_began(handler)
-        source = self._source_of.pop(handler, None)
-        if source is not None:
-            self._forget(source)
+    async def shutdown(self, patience_s: float) -> None:
+        """Close every connection; those that are still there after ``patience_s`` are cut."""
+        if patience_s > 0:
+            for connection in list(self._connections):
+                connection.close()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), patience_s)
+        for connection in list(self._connections):
+            connection.abort()
+        await self._empty.wait()
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            self._sweeping = None
 
     def _forget(self, source: str) -> None:
         self._sources[source] -= 1
         if not self._sources[source]:
             del self._sources[source]
 
-    def _cut(self, handler: RequestHandler) -> None:
-        del self._watched[handler]
-        self._refused("header_timeout", self._source_of[handler])
-        if handler.transport is not None:
-            handler.transport.abort()
-
-
-def source_address(transport: asyncio.BaseTransport) -> str:
-    """Return the peer's address."""
-    peer = transport.get_extra_info("peername")
-    return _plain(str(peer[0])) if isinstance(peer, tuple) else ""
+    def _sweep(self) -> None:
+        """Cut what takes too long. One timer for all: one for each request would cost more than the rest of its reading."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for connection in list(self._connections):
+            since = connection.waits_since
+            if since is None:
+                continue
+            if connection.head_begun and now - since > self._limits.header_s:
+                self._refused("header_timeout", connection.source)
+                connection.abort()
+            elif not connection.head_begun and now - since > self._limits.idle_s:
+                connection.close() if connection.writable else connection.abort()
+        self._sweeping = loop.call_later(self._sweep_s, self._sweep) if self._connections else None
 
 
 def _plain(address: str) -> str:

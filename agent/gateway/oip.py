@@ -49,7 +49,6 @@ __all__ = [
     "HEADER_LENGTH",
     "WireLimits",
     "check_content_type",
-    "encode_error",
     "encode_infer_response",
     "model_metadata",
     "parse_header_length",
@@ -336,11 +335,6 @@ def encode_infer_response(response: InferResponse, request: InferRequest) -> tup
     document["outputs"] = outputs
     header = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     return (b"".join([header, *binary]), len(header)) if binary else (header, None)
-
-
-def encode_error(message: str) -> bytes:
-    """Encode an error answer."""
-    return orjson.dumps({"error": message})
 
 
 def server_metadata(name: str, version: str, extensions: Sequence[str] = EXTENSIONS) -> bytes:

@@ -86,6 +86,7 @@ class Gateway:
             lambda worker: self._report(messages.Overrun(worker)),
             deadline_s=start.evaluation_deadline_ms / 1000,
             total_deadline_s=start.total_deadline_ms / 1000,
+            remember=start.remember_decisions,
         )
         self._flow = RequestFlow(
             node=start.node,
@@ -110,7 +111,7 @@ class Gateway:
             start.header_timeout_ms / 1000,
             start.idle_timeout_ms / 1000,
         )
-        self._front = self._routes.front = Front(self._routes.handle, connections, self._refused)
+        self._front = Front(self._routes.handle, connections, self._refused)
         reporting = asyncio.create_task(self._report_regularly())
         await self._drained.wait()
         reporting.cancel()
@@ -133,7 +134,9 @@ class Gateway:
             case messages.WorkerEndpoint() as worker:
                 sock_fd, shm_fd = frame.fds
                 sock = socket.socket(fileno=sock_fd)
-                self._policy.attach(Endpoint(worker.worker, sock, shm_fd, worker.policy_sha256, worker.revision))
+                self._policy.attach(
+                    Endpoint(worker.worker, sock, shm_fd, worker.policy_sha256, worker.revision, worker.request_reads)
+                )
             case messages.PolicyData(policy_sha256=policy_sha256):
                 (fd,) = frame.fds
                 self._take_policy_data(fd, policy_sha256)
@@ -206,7 +209,7 @@ class Gateway:
             self._listener.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._routes.idle.wait(), timeout_s)
-        await self._front.shutdown(timeout=1.0)
+        await self._front.shutdown(1.0)
         await self._flow.note_refusals()
         self._audit.flush()
         self._report(messages.Drained())
@@ -217,6 +220,8 @@ class Gateway:
         sent: dict[str, int] | None = None
         while True:
             counters = self._counters.values
+            if self._policy.remembered:
+                counters["decisions_remembered_total"] = self._policy.remembered
             if sent != counters:
                 sent = counters
                 self._report(messages.Statistics(sent, self._front.open_connections, self._routes.in_work))

@@ -4,7 +4,8 @@ Rules:
 
 1. Sizes are checked before a body is parsed: what the client declares, and what it sends (:func:`check_size`).
 2. Rate: each principal has a bucket for each limit, as the generic cell rate algorithm keeps it (ITU-T I.371): in any
-   interval at most ``burst + requests_per_second * interval`` requests pass. Integers only: nothing drifts.
+   interval at most ``burst + requests_per_second * interval`` requests pass. Integers only: nothing drifts. A limit may
+   bound besides how many requests a principal makes in a minute, those that are refused included.
 3. Concurrency: a principal has at most ``concurrency`` requests in the house, running or waiting.
 4. Fairness: at most ``running`` requests of all principals run; the others wait, and a place that becomes free goes to the
    waiting principals in turn. Who floods waits behind itself. When all waiting places are taken, the principal with
@@ -34,6 +35,7 @@ _NS = 1_000_000_000
 _NS_PER_US = 1000
 _WINDOW_PARTS = 20  # a window forgets in steps of a twentieth of its length
 _RETRY_CONCURRENCY_S = 1.0
+_RETRY_MINUTE_S = 3.0  # the window forgets in steps of this length
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +47,11 @@ class Limit:
     concurrency: int
     max_bytes: int
     max_batch: int
+    requests_per_minute: int | None = None
 
 
 def compile_limits(limits: Mapping[str, Any]) -> dict[str, Limit]:
-    """Compile ``data.limits.limits``; members that policy itself enforces (budgets, minutes) are left to it.
+    """Compile ``data.limits.limits``; members that policy itself enforces (budgets, anomaly) are left to it.
 
     Raises:
         PolicyError: names the limit and the member that is wrong.
@@ -61,6 +64,8 @@ def compile_limits(limits: Mapping[str, Any]) -> dict[str, Limit]:
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= MAX_RATE_PER_SECOND:
             raise PolicyError(f"limit {name!r}: requests_per_second must be more than 0, up to {MAX_RATE_PER_SECOND}")
         counts = {member: limit.get(member) for member in ("burst", "concurrency", "max_bytes", "max_batch")}
+        if "requests_per_minute" in limit:
+            counts["requests_per_minute"] = limit["requests_per_minute"]
         for member, count in counts.items():
             if type(count) is not int or not 1 <= count <= MAX_COUNT:
                 raise PolicyError(f"limit {name!r}: {member} must be an integer of 1 or more")
@@ -120,26 +125,30 @@ class Bucket:
 
 
 class RateWindow:
-    """Counts what happened in the last ``length_us`` microseconds, forgetting by twentieths of it."""
+    """Counts what happened in the last ``length_us`` microseconds, forgetting by twentieths of it.
 
-    __slots__ = ("_counts", "_part_us", "_position", "_total")
+    Attributes:
+        total: the count, as of the last :meth:`add`.
+    """
+
+    __slots__ = ("_counts", "_part_us", "_position", "total")
 
     def __init__(self, length_us: int) -> None:
         self._part_us = length_us // _WINDOW_PARTS
         self._counts = [0] * _WINDOW_PARTS
         self._position = 0
-        self._total = 0
+        self.total = 0
 
     def add(self, now_us: int) -> int:
         """Count one more and return how many there were, this one included."""
         position = now_us // self._part_us
         for old in range(self._position + 1, min(position, self._position + _WINDOW_PARTS) + 1):
-            self._total -= self._counts[old % _WINDOW_PARTS]
+            self.total -= self._counts[old % _WINDOW_PARTS]
             self._counts[old % _WINDOW_PARTS] = 0
         self._position = max(self._position, position)
         self._counts[self._position % _WINDOW_PARTS] += 1
-        self._total += 1
-        return self._total
+        self.total += 1
+        return self.total
 
 
 @dataclass(slots=True)
@@ -254,6 +263,9 @@ class Admission:
                 f"more than {limit.concurrency} requests at once",
                 retry_after_s=_RETRY_CONCURRENCY_S,
             )
+        a_minute = limit.requests_per_minute
+        if a_minute is not None and principal.last_minute.total > a_minute:
+            raise PeerError(429, "rate", f"more than {a_minute} requests a minute", retry_after_s=_RETRY_MINUTE_S)
         wait_s = principal.buckets.setdefault(limit_name, Bucket()).take(limit, now_us)
         if wait_s:
             message = f"more than {limit.requests_per_second:g} requests a second"

@@ -11,6 +11,8 @@ Rules:
 5. A worker that nothing is heard of for the total deadline is given up too.
 6. With a worker of another policy the old one gets no more questions; what was asked of it is still its to answer. Each answer
    names the policy that gave it.
+7. A question that is like an earlier one (:mod:`agent.policy.question`) gets the earlier decision, under an id of its own, as long as
+   there is a worker of the policy that decided.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import orjson
@@ -28,6 +30,7 @@ import orjson
 from agent.errors import IsolationError
 from agent.isolation.channel import AsyncChannel, Frame
 from agent.policy.messages import MAX_QUESTION_BYTES, Endpoint, Stamp, pack_question, unpack_answer
+from agent.policy.question import Key, Memory, Question
 from agent.records import DENY_ALL, Decision, PolicyAnswer
 
 __all__ = ["DEADLINE_S", "TOTAL_DEADLINE_S", "PolicyClient"]
@@ -38,16 +41,20 @@ _NS = 1_000_000_000
 _ID_BYTES = 16
 _ID_BATCH = 64
 _DECISION = msgspec.json.Decoder(Decision)
+_Place: TypeAlias = tuple[Memory, Key] | None
 
 
-class _Question:
-    """One question from ``decide`` to its answer."""
+class _Asked:
+    """One question from ``decide`` to its answer; ``place`` is where the decision is remembered, if at all."""
 
-    __slots__ = ("asked_ns", "decision_id", "future", "input_json", "line", "number", "sent_ns")
+    __slots__ = ("asked_ns", "decision_id", "future", "input_json", "line", "number", "place", "sent_ns")
 
-    def __init__(self, number: int, decision_id: str, input_json: bytes, future: asyncio.Future[PolicyAnswer]) -> None:
+    def __init__(
+        self, number: int, decision_id: str, input_json: bytes, future: asyncio.Future[PolicyAnswer], place: _Place
+    ) -> None:
         self.number = number
         self.decision_id = decision_id
+        self.place = place
         self.input_json = input_json
         self.future = future
         self.asked_ns = time.monotonic_ns()
@@ -65,7 +72,7 @@ class _Line:
     ) -> None:
         self.endpoint = endpoint
         self.stamp = Stamp(endpoint.stamp_fd, write=False)
-        self.open: dict[int, _Question] = {}
+        self.open: dict[int, _Asked] = {}
         self.heard_ns = 0
         self.channel = AsyncChannel(endpoint.sock, lambda frame: on_frame(self, frame), lambda: on_close(self))
         os.close(endpoint.stamp_fd)
@@ -78,6 +85,10 @@ class PolicyClient:
         on_overrun: told the number of a worker that must be killed.
         deadline_s: longest time of one evaluation.
         total_deadline_s: longest time of one answer, waiting included.
+        remember: whether decisions are remembered where the policy allows it.
+
+    Attributes:
+        remembered: how many answers came from memory.
     """
 
     def __init__(
@@ -86,6 +97,7 @@ class PolicyClient:
         *,
         deadline_s: float = DEADLINE_S,
         total_deadline_s: float = TOTAL_DEADLINE_S,
+        remember: bool = True,
     ) -> None:
         self._on_overrun = on_overrun
         self._deadline_ns = int(deadline_s * _NS)
@@ -94,11 +106,14 @@ class PolicyClient:
         self._loop = asyncio.get_running_loop()
         self._lines: list[_Line] = []  # of the policy in force; the first is in use, the others are spare
         self._draining: list[_Line] = []
-        self._open: dict[int, _Question] = {}  # in the order in which they were asked
+        self._open: dict[int, _Asked] = {}  # in the order in which they were asked
         self._numbers = itertools.count(1)
         self._ids = _decision_ids()
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self._remember = remember
+        self._memory: Memory | None = None  # of the policy in force
+        self.remembered = 0
 
     @property
     def workers(self) -> int:
@@ -121,7 +136,9 @@ class PolicyClient:
         except IsolationError:
             endpoint.close()
             raise
-        if self._lines and self._lines[0].endpoint.policy_sha256 != endpoint.policy_sha256:
+        if not self._lines or self._lines[0].endpoint.policy_sha256 != endpoint.policy_sha256:
+            reads = endpoint.request_reads if self._remember else None
+            self._memory = None if reads is None else Memory(reads)
             self._draining += self._lines
             self._lines = []
             for old in list(self._draining):
@@ -130,22 +147,38 @@ class PolicyClient:
         for question in [question for question in self._open.values() if question.line is None]:
             self._send(question)
 
-    async def decide(self, document: Mapping[str, Any]) -> PolicyAnswer:
+    async def decide(self, document: Mapping[str, Any] | Question) -> PolicyAnswer:
         """Ask for the decision on one input document (contract §4).
 
         Returns:
-            The decision; a deny with ``error`` when there is none.
+            The decision; a deny with ``error`` when there is none. Only a :class:`Question` is answered from memory.
         """
         decision_id = next(self._ids)
+        place: _Place = None
         try:
-            input_json = orjson.dumps(document)
+            if not isinstance(document, Question):
+                input_json = orjson.dumps(document)
+            else:
+                memory = self._memory
+                if memory is not None and self._lines:
+                    key = memory.key(document)
+                    known = memory.get(key)
+                    if known is not None:
+                        self.remembered += 1
+                        endpoint = self._lines[0].endpoint
+                        return PolicyAnswer(known, decision_id, endpoint.policy_sha256, endpoint.revision)
+                    place = memory, key
+                input_json = document.encode()
         except TypeError as error:
             return _denied(decision_id, f"the input has no JSON form: {error}")
+        return await self._ask(decision_id, input_json, place)
+
+    async def _ask(self, decision_id: str, input_json: bytes, place: _Place) -> PolicyAnswer:
         if len(input_json) > MAX_QUESTION_BYTES:
             return _denied(decision_id, f"the input has {len(input_json)} bytes, over {MAX_QUESTION_BYTES}")
         if self._closed:
             return _denied(decision_id, "the policy client is closed")
-        question = _Question(next(self._numbers), decision_id, input_json, self._loop.create_future())
+        question = _Asked(next(self._numbers), decision_id, input_json, self._loop.create_future(), place)
         self._open[question.number] = question
         self._send(question)
         if self._timer is None:
@@ -163,7 +196,7 @@ class PolicyClient:
         for line in [*self._lines, *self._draining]:
             self._drop(line)
 
-    def _send(self, question: _Question) -> None:
+    def _send(self, question: _Asked) -> None:
         """Ask the worker in use, or leave the question waiting for the next worker."""
         while self._lines:
             line = self._lines[0]
@@ -197,24 +230,27 @@ class PolicyClient:
             self._judge(question, line, answer.value, answer.eval_us)
         self._close_drained(line)
 
-    def _judge(self, question: _Question, line: _Line, value: bytes, eval_us: int) -> None:
+    def _judge(self, question: _Asked, line: _Line, value: bytes, eval_us: int) -> None:
         try:
             decision = _DECISION.decode(value)
         except ValueError as error:
             self._deny(question, f"the decision is malformed: {error}", line, eval_us)
             return
         endpoint = line.endpoint
+        # A question may outlive the policy that was in force when it was asked; its key is of that policy's memory alone.
+        if question.place is not None and question.place[0] is self._memory:
+            self._memory.put(question.place[1], decision)
         self._resolve(
             question,
             PolicyAnswer(decision, question.decision_id, endpoint.policy_sha256, endpoint.revision, eval_us=eval_us),
         )
 
-    def _deny(self, question: _Question, reason: str, line: _Line | None = None, eval_us: int = 0) -> None:
+    def _deny(self, question: _Asked, reason: str, line: _Line | None = None, eval_us: int = 0) -> None:
         if line is None:
             line = question.line
         self._resolve(question, _denied(question.decision_id, reason, line, eval_us))
 
-    def _resolve(self, question: _Question, answer: PolicyAnswer) -> None:
+    def _resolve(self, question: _Asked, answer: PolicyAnswer) -> None:
         del self._open[question.number]
         if not question.future.done():  # the caller may have been cancelled
             question.future.set_result(answer)

@@ -27,6 +27,7 @@ import regorus
 from agent.errors import PolicyError
 from agent.policy.bundle import Bundle, covers
 from agent.policy.engine import DECISION_QUERY, undefined
+from agent.policy.reads import request_reads
 from agent.policy.source import bracket_depth
 
 __all__ = ["MAX_BRACKET_DEPTH", "EmbeddedEngine"]
@@ -82,7 +83,8 @@ class EmbeddedEngine:
         except (RuntimeError, ValueError) as error:
             raise _explained("the bundle does not load", error) from error
         # 2. Nothing that the engine lacks.
-        _check_calls(modules, _builtins())
+        called = _check_calls(modules, _builtins())
+        self.request_reads: tuple[str, ...] | None = request_reads(modules, called)
         self._packages = {
             tuple(_parts(module["ast"]["package"]["refr"])): module["source"]["file"] for module in modules
         }
@@ -153,16 +155,22 @@ def _builtins() -> frozenset[str]:
     return frozenset(names) - _LACKING | _STATEMENTS
 
 
-def _check_calls(modules: Sequence[Mapping[str, Any]], builtins: frozenset[str]) -> None:
+def _check_calls(modules: Sequence[Mapping[str, Any]], builtins: frozenset[str]) -> frozenset[str]:
+    """Return the builtins that are called."""
+    called = set()
     defined = {f"{_package(module)}.{name}" for module in modules for name in _functions(module["ast"])}
     for module in modules:
         aliases = dict(_imports(module))
         for name in _calls(module["ast"]["rules"]):
             first, _, rest = name.partition(".")
             full = f"{aliases[first]}.{rest}" if first in aliases else name
-            if not {full, f"{_package(module)}.{name}"} & defined and name not in builtins:
+            if {full, f"{_package(module)}.{name}"} & defined:
+                continue
+            called.add(name)
+            if name not in builtins:
                 file = module["source"]["file"]
                 raise PolicyError(f"{file}: the function {name} is neither in the bundle nor in the embedded engine")
+    return frozenset(called)
 
 
 def _package(module: Mapping[str, Any]) -> str:

@@ -17,7 +17,13 @@ DECISION_QUERY = "data.edgewarden.authz.decision"
 
 
 class Engine(Protocol):
-    """Evaluates one policy bundle."""
+    """Evaluates one policy bundle.
+
+    Attributes:
+        request_reads: see :func:`agent.policy.reads.request_reads`.
+    """
+
+    request_reads: tuple[str, ...] | None
 
     def evaluate(self, input_json: bytes) -> bytes:
         """Return the value of :data:`DECISION_QUERY` for this input, as JSON.

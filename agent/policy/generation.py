@@ -15,6 +15,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from socket import socket
 
 import msgspec
 
@@ -105,6 +106,7 @@ class Generation:
         self._turn = asyncio.Lock()
         self._closed = False
         self.revision = ""
+        self._request_reads: tuple[str, ...] | None = None
         self.sha256 = sealed.sha256
 
     @classmethod
@@ -162,7 +164,10 @@ class Generation:
             raise
         finally:
             theirs.close()
-        return Worker(process, Endpoint(next(_numbers), ours, stamp_fd, self.sha256, self.revision))
+        return Worker(process, self._endpoint(ours, stamp_fd))
+
+    def _endpoint(self, sock: socket, stamp_fd: int) -> Endpoint:
+        return Endpoint(next(_numbers), sock, stamp_fd, self.sha256, self.revision, self._request_reads)
 
     def close(self) -> None:
         """End the template, and the OPA server when there is one; workers end when their askers close."""
@@ -212,10 +217,11 @@ class Generation:
 
     def _accept(self, report: Report) -> None:
         match report:
-            case Loaded(revision=revision, sha256=sha256):
+            case Loaded(revision=revision, sha256=sha256, request_reads=request_reads):
                 if sha256 != self.sha256:
                     raise PolicyError("the policy template read other bytes than it was given")
                 self.revision = revision
+                self._request_reads = request_reads
             case Refused(kind=kind, reason=reason):
                 raise _refusal(kind, reason)
             case _:

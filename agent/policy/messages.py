@@ -58,6 +58,7 @@ class _EndpointText(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     number: int
     policy_sha256: str
     revision: str
+    request_reads: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class Endpoint:
         stamp_fd: the shared memory.
         policy_sha256: digest of the bundle that it decides by.
         revision: that bundle's revision.
+        request_reads: what its decisions depend on (:func:`agent.policy.reads.request_reads`); None: they are not to be remembered.
     """
 
     number: int
@@ -77,10 +79,11 @@ class Endpoint:
     stamp_fd: int
     policy_sha256: str
     revision: str
+    request_reads: tuple[str, ...] | None = None
 
     def to_frame(self) -> tuple[bytes, tuple[int, int]]:
         """Return a frame and its descriptors, to hand the endpoint to another process."""
-        text = _EndpointText(self.number, self.policy_sha256, self.revision)
+        text = _EndpointText(self.number, self.policy_sha256, self.revision, self.request_reads)
         return msgspec.json.encode(text), (self.sock.fileno(), self.stamp_fd)
 
     @classmethod
@@ -97,7 +100,8 @@ class Endpoint:
             for fd in fds:
                 os.close(fd)
             raise IsolationError(f"a policy endpoint is malformed: {error}") from error
-        return cls(text.number, socket(fileno=sock_fd), stamp_fd, text.policy_sha256, text.revision)
+        sock = socket(fileno=sock_fd)
+        return cls(text.number, sock, stamp_fd, text.policy_sha256, text.revision, text.request_reads)
 
     def close(self) -> None:
         """Give the endpoint up; its worker ends."""

@@ -62,6 +62,9 @@ class OpaEngine:
         access: where the server is.
     """
 
+    # What a policy reads is told by the embedded engine's syntax tree, and not every policy for OPA has one there.
+    request_reads: tuple[str, ...] | None = None
+
     def __init__(self, access: OpaAccess) -> None:
         self._client = OpaClient(
             host=LOOPBACK, port=access.port, ssl=True, token=access.token, retries=0, timeout=_TIMEOUT_S

@@ -29,10 +29,14 @@ class TemplateArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
-    """The template has the bundle, and every package could be evaluated."""
+    """The template has the bundle, and every package could be evaluated.
+
+    ``request_reads``: see :func:`agent.policy.reads.request_reads`.
+    """
 
     revision: str
     sha256: str
+    request_reads: tuple[str, ...] | None = None
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):

@@ -72,7 +72,7 @@ def _load(fd: int, args: TemplateArgs) -> tuple[Engine, Loaded]:
         check_bundle(bundle)
     engine = EmbeddedEngine(bundle) if args.opa is None else OpaEngine(args.opa)
     engine.check()
-    return engine, Loaded(bundle.revision, bundle.sha256)
+    return engine, Loaded(bundle.revision, bundle.sha256, engine.request_reads)
 
 
 def _report(channel: Channel, report: Report) -> None:

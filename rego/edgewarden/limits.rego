@@ -3,9 +3,10 @@
 # description: |
 #   1. The limit is the subject's own, else the model's, else the most generous of the roles that grant the request,
 #      else the default.
-#   2. Size, batch, rate, lifetime budget and anomaly score must be within it. A number that is absent is not within.
+#   2. Size, batch, lifetime budget and anomaly score must be within it. A number that is absent is not within.
 #      A range check is a type check as well: in Rego's order null and booleans come before numbers, all else after.
-#   3. Buckets and concurrency are counted by the enforcing side, which gets the limit's name as an obligation.
+#   3. What changes with every request (rates, concurrency) is counted by the enforcing side, which gets the limit's name as an
+#      obligation. No rule here reads `input.request.rate`: a decision that depends on it can never be remembered.
 package edgewarden.limits
 
 name := value if {
@@ -39,20 +40,11 @@ ok if {
 
 # Most limits bound no more than size.
 history_fits(bound) if {
-	not bound.requests_per_minute
 	not bound.lifetime_budget
 	not bound.max_anomaly
 } else if {
-	rate_fits(bound)
 	budget_left(bound)
 	usual(bound)
-}
-
-rate_fits(bound) if {
-	not bound.requests_per_minute
-} else if {
-	0 <= input.request.rate["60s"]
-	input.request.rate["60s"] <= bound.requests_per_minute
 }
 
 budget_left(bound) if {
@@ -91,11 +83,6 @@ reasons contains "request_too_large" if {
 reasons contains "batch_too_large" if {
 	bound := limit
 	not batch_fits(bound)
-}
-
-reasons contains "rate_exceeded" if {
-	bound := limit
-	not rate_fits(bound)
 }
 
 reasons contains "budget_exhausted" if {

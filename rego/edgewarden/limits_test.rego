@@ -35,17 +35,6 @@ test_the_batch_is_limited if {
 	limits.reasons == {"batch_too_large"} with input as fixtures.drop(fixtures.infer, "/request/batch")
 }
 
-test_a_limit_may_bound_the_rate if {
-	request := fixtures.set(fixtures.infer, "/request/budget_left", 5)
-	limits.ok with input as fixtures.set(request, "/request/rate/60s", 120) with data.models.models as metered
-	every rate in [121, null, "1", true, -1] {
-		crowded := fixtures.set(request, "/request/rate/60s", rate)
-		found := limits.reasons with input as crowded with data.models.models as metered
-		found == {"rate_exceeded"}
-	}
-	not limits.ok with input as fixtures.drop(request, "/request/rate") with data.models.models as metered
-}
-
 test_a_lifetime_budget_ends if {
 	limits.ok with input as fixtures.set(fixtures.infer, "/request/budget_left", 1) with data.models.models as metered
 	every left in [0, -1, null, true, "5", 1e9] {

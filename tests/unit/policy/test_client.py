@@ -9,6 +9,7 @@ from agent.errors import IsolationError
 from agent.isolation.channel import MAX_QUEUED_FRAMES, Channel, channel_pair
 from agent.policy.client import PolicyClient
 from agent.policy.messages import MAX_QUESTION_BYTES, Answer, Endpoint, pack_answer, stamp_memory
+from agent.policy.question import Question
 from agent.records import DENY_ALL
 from tests.support.policy import Script, WorkerThread, until
 
@@ -16,7 +17,9 @@ DEADLINE_S, TOTAL_S = 0.3, 3.0
 
 
 @contextlib.asynccontextmanager
-async def asking(*workers: WorkerThread, deadline_s: float = DEADLINE_S, total_s: float = TOTAL_S):
+async def asking(
+    *workers: WorkerThread, deadline_s: float = DEADLINE_S, total_s: float = TOTAL_S, remember: bool = True
+):
     """A client with these workers; killing one closes its socket."""
     known = {worker.number: worker for worker in workers}
     killed: list[int] = []
@@ -25,7 +28,7 @@ async def asking(*workers: WorkerThread, deadline_s: float = DEADLINE_S, total_s
         killed.append(number)
         known[number].engine.release.set()
 
-    client = PolicyClient(kill, deadline_s=deadline_s, total_deadline_s=total_s)
+    client = PolicyClient(kill, deadline_s=deadline_s, total_deadline_s=total_s, remember=remember)
     for worker in workers:
         client.attach(worker.start())
     try:
@@ -378,3 +381,79 @@ async def test_a_worker_serves_more_than_one_message_of_answers() -> None:
     async with asking(WorkerThread(Script())) as (client, _):
         answers = await asyncio.gather(*(client.decide({"do": "swell"}) for _ in range(9)))
     assert [len(answer.decision.reasons[0]) for answer in answers] == [20_000] * 9
+
+
+def _question(**request: object) -> Question:
+    return Question(b"{}", "infer", b"", b"{}", request)
+
+
+async def test_a_question_like_an_earlier_one_is_answered_from_memory() -> None:
+    """The worker is asked once; every answer has an id of its own."""
+    worker = WorkerThread(request_reads=("time",))
+    async with asking(worker) as (client, _):
+        first = await client.decide(_question(time="1", rate=1))
+        second = await client.decide(_question(time="1", rate=2))
+        third = await client.decide(_question(time="2", rate=2))
+    assert len(worker.engine.seen) == 2
+    assert client.remembered == 1
+    assert (second.decision, second.policy_sha256, second.revision) == (first.decision, "a" * 64, "r1")
+    assert len({first.decision_id, second.decision_id, third.decision_id}) == 3
+
+
+@pytest.mark.parametrize(("reads", "remember"), [(None, True), (("time",), False)])
+async def test_nothing_is_remembered_where_it_must_not_be(reads, remember) -> None:
+    """Not of a policy that reads more than can be compared, and not where the operator says no."""
+    worker = WorkerThread(request_reads=reads)
+    async with asking(worker, remember=remember) as (client, _):
+        for _ in range(3):
+            assert (await client.decide(_question(time="1"))).decision.allow
+    assert len(worker.engine.seen) == 3
+
+
+async def test_an_error_is_asked_again() -> None:
+    """What the engine failed at, or answered in another shape, is not remembered."""
+    worker = WorkerThread(request_reads=("do", "answer"))
+    async with asking(worker) as (client, _):
+        for request in ({"do": "fail"}, {"answer": {"allow": "yes"}}):
+            for _ in range(2):
+                assert (await client.decide(Question(b"{}", "infer", b"", b"{}", request))).error
+    assert len(worker.engine.seen) == 4
+
+
+async def test_a_new_policy_begins_with_an_empty_memory() -> None:
+    """What one policy decided says nothing about another."""
+    old = WorkerThread(request_reads=("time",))
+    new = WorkerThread(sha256="b" * 64, request_reads=("time",))
+    async with asking(old) as (client, _):
+        await client.decide(_question(time="1"))
+        client.attach(new.start())
+        answer = await client.decide(_question(time="1"))
+    new.join()
+    assert answer.policy_sha256 == "b" * 64
+    assert (len(old.engine.seen), len(new.engine.seen)) == (1, 1)
+
+
+async def test_an_old_policys_answer_does_not_enter_the_new_memory() -> None:
+    """A question that was under way when the policy changed is answered by whom it was asked, and forgotten."""
+    old = WorkerThread(request_reads=("time",))
+    new = WorkerThread(sha256="b" * 64, request_reads=("time",))
+    async with asking(old) as (client, _):
+        slow = Question(b"{}", "infer", b"", b"{}", {"time": "1", "do": "pause"})
+        asked = asyncio.ensure_future(client.decide(slow))
+        await until(lambda: old.engine.seen)
+        client.attach(new.start())
+        old.engine.resume.set()
+        assert (await asked).policy_sha256 == "a" * 64
+        assert (await client.decide(_question(time="1"))).policy_sha256 == "b" * 64
+    new.join()
+    assert len(new.engine.seen) == 1
+
+
+async def test_without_a_worker_nothing_is_answered_from_memory() -> None:
+    """A decision needs a living worker of its policy, also one that was made before."""
+    worker = WorkerThread(request_reads=("time",))
+    async with asking(worker, total_s=0.3) as (client, _):
+        assert (await client.decide(_question(time="1"))).decision.allow
+        worker.kill()
+        await until(lambda: client.workers == 0)
+        assert (await client.decide(_question(time="1"))).decision == DENY_ALL

@@ -22,7 +22,7 @@ KNOWN_REASONS = {
     *("role_may_not_export", "role_may_not_open", "role_may_not_administer", "outside_time_window", "mfa_required"),
     *("model_unknown", "model_not_measured", "signer_not_trusted", "digest_not_allowed", "node_contraindicated"),
     *("node_not_trusted", "attestation_too_old", "source_not_allowed", "limit_undefined", "request_too_large"),
-    *("batch_too_large", "rate_exceeded", "budget_exhausted", "input_anomalous", "profile_undefined"),
+    *("batch_too_large", "budget_exhausted", "input_anomalous", "profile_undefined"),
 }
 
 

@@ -45,7 +45,6 @@ OPTIONS: list[tuple[tuple[str, ...], Any]] = [
     (("limits", "subjects"), {"mtls": {"press-12": "bulk"}, "jwt": {"ada": "metered"}}),
     (("limits", "limits", "standard", "max_bytes"), 1000),
     (("limits", "limits", "standard", "max_batch"), 0),
-    (("limits", "limits", "standard", "requests_per_minute"), 10),
     (("limits", "limits", "standard", "lifetime_budget"), 100),
     (("limits", "limits", "standard", "max_anomaly"), 0.1),
 ]

@@ -1,0 +1,515 @@
+"""HTTP/1.1 on one connection: llhttp (httptools) reads, this module keeps order and bounds.
+
+Sources: RFC 9110, RFC 9112. Rules:
+
+1. The parser is strict: what two parsers could read differently (Content-Length beside Transfer-Encoding, folded or nameless headers,
+   bare line feeds) is no HTTP. What is no HTTP, and what asks for an upgrade, gets 400 without an echo, and the connection ends.
+2. A head has at most :data:`MAX_HEAD_BYTES`, :data:`MAX_HEADERS` and :data:`MAX_LINE_BYTES` in a line; a header that decides about a
+   request stands in it once.
+3. A body is held back at :data:`UNREAD_BYTES` until the handler asks for it, and then up to what the handler allows.
+4. Requests of one connection are answered in their order, one at a time. At most :data:`MAX_PIPELINED` wait; while a peer does not read its
+   answers, nothing more is taken from it.
+5. A handler that can answer at once does so in the turn of the loop in which the request came: no task is made for it.
+6. A handler that fails with anything but an answer is a fault of ours: it is logged, and the peer gets 500 and no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import urllib.parse
+from collections import deque
+from collections.abc import Coroutine, Generator
+from types import TracebackType
+from typing import Any, Final, Protocol
+
+import httptools
+import msgspec
+
+from agent import clock
+from agent.errors import PeerError
+
+__all__ = [
+    "MAX_HEADERS",
+    "MAX_HEAD_BYTES",
+    "MAX_LINE_BYTES",
+    "MAX_PIPELINED",
+    "UNREAD_BYTES",
+    "Connection",
+    "Request",
+    "Response",
+    "Server",
+    "error_response",
+]
+
+MAX_HEAD_BYTES: Final = 16 * 1024
+MAX_LINE_BYTES: Final = 8 * 1024
+MAX_HEADERS: Final = 64
+MAX_PIPELINED: Final = 16
+UNREAD_BYTES: Final = 64 * 1024
+_SINGLE: Final = frozenset(
+    b"authorization content-encoding content-length content-type expect host inference-header-content-length".split()
+)
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_BAD_REQUEST: Final = 400
+_KEEP: Final = ""  # is what HTTP/1.1 takes for granted
+_CLOSE: Final = "Connection: close\r\n"
+_PHRASES: Final = {
+    200: b"OK", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden", 404: b"Not Found", 405: b"Method Not Allowed",
+    408: b"Request Timeout", 413: b"Content Too Large", 415: b"Unsupported Media Type", 429: b"Too Many Requests",
+    500: b"Internal Server Error", 503: b"Service Unavailable",
+}  # fmt: skip
+
+
+class Response:
+    """An answer.
+
+    Args:
+        status: of HTTP.
+        body: whole.
+        headers: further header lines, each ended by CRLF, in ASCII.
+        content_type: of the body.
+    """
+
+    __slots__ = ("body", "close", "content_type", "headers", "status")
+
+    def __init__(
+        self, status: int = 200, body: bytes = b"", *, content_type: str = "application/json", headers: str = ""
+    ) -> None:
+        self.status = status
+        self.body = body
+        self.content_type = content_type
+        self.headers = headers
+        self.close = False
+
+    def encode(self, *, keep_alive: bool, with_body: bool = True) -> bytes:
+        """Return the bytes to send."""
+        head = (
+            f"Server: edgewarden\r\nDate: {clock.http_date(clock.now_us())}\r\nContent-Type: {self.content_type}\r\n"
+            f"Content-Length: {len(self.body)}\r\n{self.headers}{_KEEP if keep_alive else _CLOSE}\r\n"
+        )
+        return b"HTTP/1.1 %d %b\r\n%b%b" % (
+            self.status,
+            _PHRASES.get(self.status, b""),
+            head.encode("ascii"),
+            self.body if with_body else b"",
+        )
+
+
+def error_response(status: int, message: str, headers: str = "") -> Response:
+    """Return an answer of the protocol's form ``{"error": "…"}``; ``message`` is our own words."""
+    return Response(status, msgspec.json.encode({"error": message}), headers=headers)
+
+
+class Request:
+    """A request whose head is complete; its body may still be on its way.
+
+    Attributes:
+        method: as it was sent.
+        path: decoded, without the query.
+        content_length: as it was announced; None when it was not.
+        complete: whether the whole body is here.
+        expects_continue: whether the client waits for a word before it sends the body.
+    """
+
+    __slots__ = (
+        "_allowed",
+        "_connection",
+        "_failed",
+        "_headers",
+        "_parts",
+        "_waiter",
+        "complete",
+        "content_length",
+        "expects_continue",
+        "keep_alive",
+        "method",
+        "path",
+        "size",
+    )
+
+    def __init__(self, connection: Connection, method: str, path: str, headers: dict[bytes, bytes]) -> None:
+        self._connection = connection
+        self._headers = headers
+        self._parts: list[bytes] = []
+        self._allowed = UNREAD_BYTES
+        self._waiter: asyncio.Future[None] | None = None
+        self._failed = False
+        self.method = method
+        self.path = path
+        self.size = 0
+        self.complete = False
+        self.keep_alive = False
+        length = headers.get(b"content-length")
+        self.content_length = None if length is None else int(length)
+        self.expects_continue = headers.get(b"expect", b"").lower() == b"100-continue"
+
+    @property
+    def certificate(self) -> bytes | None:
+        """The client's certificate, DER; None when it sent none."""
+        return self._connection.certificate
+
+    @property
+    def source(self) -> str:
+        """The peer's address."""
+        return self._connection.source
+
+    def header(self, name: bytes) -> str | None:
+        """Return a header by its lower-case name."""
+        value = self._headers.get(name)
+        return None if value is None else value.decode("latin-1")
+
+    async def read(self, max_bytes: int, timeout_s: float) -> bytes:
+        """Return the body.
+
+        Raises:
+            PeerError: 413 beyond ``max_bytes``, 408 when it is not complete in time, 400 when it ends too early.
+        """
+        if not self.complete:
+            await self._arrive(max_bytes, timeout_s)
+        if self.size > max_bytes:
+            raise PeerError(413, "body_too_large", f"body: more than {max_bytes} bytes")
+        parts = self._parts
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _arrive(self, max_bytes: int, timeout_s: float) -> None:
+        self._allowed = max_bytes
+        if self.expects_continue and not self.size:
+            self._connection.send(_CONTINUE)
+        self._connection.flow()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self.complete and self.size <= max_bytes:
+                    if self._failed:
+                        raise PeerError(400, "body_cut_short", "the body ended before its announced length")
+                    self._waiter = asyncio.get_running_loop().create_future()
+                    await self._waiter
+        except TimeoutError as error:
+            raise PeerError(408, "body_timeout", f"the body was not complete after {timeout_s:g} s") from error
+
+    @property
+    def crowded(self) -> bool:
+        """Whether more of the body is here than may be held."""
+        return self.size > self._allowed and not self.complete
+
+    def feed(self, data: bytes) -> None:
+        """Take a part of the body."""
+        self._parts.append(data)
+        self.size += len(data)
+        if self.size > self._allowed:
+            self._wake()
+
+    def end(self, *, failed: bool = False) -> None:
+        """Note that the body is complete, or will never be."""
+        self.complete = not failed
+        self._failed = failed
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Server(Protocol):
+    """What a connection belongs to."""
+
+    def connected(self, connection: Connection) -> None:
+        """Note a connection whose handshake is complete."""
+
+    def disconnected(self, connection: Connection) -> None:
+        """Note its end."""
+
+    def handle(self, request: Request) -> Coroutine[Any, Any, Response]:
+        """Answer a request."""
+
+
+class Connection(asyncio.Protocol):
+    """One connection.
+
+    Attributes:
+        certificate: the client's, DER.
+        source: the peer's address.
+        waits_since: monotonic seconds since when the peer owes something; None while it is our turn.
+        head_begun: whether what it owes is the rest of a head.
+        writable: whether it reads its answers.
+    """
+
+    def __init__(self, server: Server, source: str) -> None:
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._parser = httptools.HttpRequestParser(self)
+        self._queue: deque[Request] = deque()  # complete heads, in their order; the first is in work
+        self._busy = False
+        self._broken = False  # what came last is no HTTP
+        self._closing = False
+        self._reading = True
+        self.writable = True
+        self._target = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._header_count = self._header_bytes = 0
+        self._head_bytes = 0
+        self._in_head = False
+        self._head_fresh = False
+        self._receiving: Request | None = None
+        self._task: asyncio.Task[Response] | None = None
+        self.transport: asyncio.Transport | None = None
+        self.certificate: bytes | None = None
+        self.source = source
+        self.head_begun = True
+        self.waits_since: float | None = None
+
+    # --- what the loop tells
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start with a fresh head."""
+        self.transport = transport  # type: ignore[assignment]  # a stream's
+        tls = transport.get_extra_info("ssl_object")
+        self.certificate = tls.getpeercert(binary_form=True) if tls else None
+        self.waits_since = self._loop.time()
+        self._server.connected(self)
+
+    def connection_lost(self, _: BaseException | None) -> None:
+        """End what is on its way; a handler goes on to its own end, for what it does is recorded."""
+        self._closing = True
+        self.waits_since = None
+        if self._receiving is not None:
+            self._receiving.end(failed=True)
+        self._queue.clear()
+        self.transport = None
+        self._server.disconnected(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on."""
+        if self._closing or self._broken:
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self._break()
+        except httptools.HttpParserUpgrade:
+            self._break()
+        else:
+            self._count_head(len(data))
+        if not self._busy:
+            self._next()
+        self.flow()
+
+    def _count_head(self, size: int) -> None:
+        """Count what came of a head that is not complete; the first part of it, up to what the transport reads at once, is not counted."""
+        if self._in_head:
+            self._head_bytes += 0 if self._head_fresh else size
+            self._head_fresh = False
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._break()
+
+    def pause_writing(self) -> None:
+        """The peer does not read its answers."""
+        self.writable = False
+        self.waits_since, self.head_begun = self._loop.time(), False
+        self.flow()
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+        self.writable = True
+        if not self._busy:
+            self._next()
+        self.flow()
+
+    # --- what the parser tells
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        self._target, self._headers, self._header_count, self._header_bytes = b"", {}, 0, 0
+        self._head_bytes, self._in_head, self._head_fresh = 0, True, True
+        if not self._busy:
+            self.waits_since, self.head_begun = self._loop.time(), True
+
+    def on_url(self, target: bytes) -> None:
+        """A part of the request's target."""
+        self._target += target
+        if len(self._target) > MAX_LINE_BYTES:
+            raise _NotHttpError
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header."""
+        name = name.lower()
+        size = len(name) + len(value)
+        self._header_count += 1
+        self._header_bytes += size
+        if self._header_count > MAX_HEADERS or size > MAX_LINE_BYTES or self._header_bytes > MAX_HEAD_BYTES:
+            raise _NotHttpError
+        if name in _SINGLE and name in self._headers:
+            raise _NotHttpError
+        self._headers[name] = value
+
+    def on_headers_complete(self) -> None:
+        """The head is complete."""
+        parser = self._parser
+        self._in_head = False
+        if len(self._queue) > MAX_PIPELINED or parser.get_http_version() not in {"1.1", "1.0"}:
+            raise _NotHttpError
+        target = self._target
+        if not target.startswith(b"/"):
+            raise _NotHttpError
+        path = target.partition(b"?")[0].decode("latin-1")
+        if "%" in path:
+            path = urllib.parse.unquote(path)
+        request = Request(self, parser.get_method().decode("latin-1"), path, self._headers)
+        request.keep_alive = parser.should_keep_alive()
+        self._receiving = request
+        self._queue.append(request)
+
+    def on_body(self, data: bytes) -> None:
+        """A part of a body."""
+        if self._receiving is not None:
+            self._receiving.feed(data)
+
+    def on_message_complete(self) -> None:
+        """The body is complete."""
+        if self._receiving is not None:
+            self._receiving.end()
+            self._receiving = None
+
+    # --- order
+
+    def send(self, data: bytes) -> None:
+        """Send bytes, as long as there is somebody to take them."""
+        if self.transport is not None:
+            self.transport.write(data)
+
+    def close(self) -> None:
+        """End the connection after the answer that is on its way."""
+        if self._busy:
+            self._closing = True
+        elif self.transport is not None:
+            self._closing = True
+            self.transport.close()
+
+    def abort(self) -> None:
+        """End the connection now."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    def flow(self) -> None:
+        """Take more from the peer, or no more, by what waits."""
+        wants = self.writable and len(self._queue) < MAX_PIPELINED
+        if wants and self._receiving is not None:
+            wants = not self._receiving.crowded
+        if wants is not self._reading and self.transport is not None and not self.transport.is_closing():
+            self._reading = wants
+            if wants:
+                self.transport.resume_reading()
+            else:
+                self.transport.pause_reading()
+
+    def _break(self) -> None:
+        """What came is no HTTP: say so after the answers that are due, and end."""
+        self._broken = True
+        if self._receiving is not None:
+            self._receiving.end(failed=True)
+            self._receiving = None
+
+    def _next(self) -> None:
+        """Answer what waits, in its order, until a handler has to wait itself."""
+        while self._queue and self.writable and not self._closing:
+            request = self._queue.popleft()
+            self._busy = True
+            self.waits_since = None
+            handling = self._server.handle(request)
+            if request.complete:
+                waits_for: Any = _FAILED
+                with _Fault(self, request):
+                    waits_for = _begin(handling)
+                if waits_for is _FAILED:
+                    continue
+                if isinstance(waits_for, Response):
+                    self._answer(request, waits_for)
+                    continue
+                handling = _go_on(handling, waits_for)
+            self._task = self._loop.create_task(handling)
+            self._task.add_done_callback(functools.partial(self._done, request))
+            return
+        if self._broken and not self._closing and not self._queue:
+            self.send(error_response(_BAD_REQUEST, "this is not HTTP as it is spoken here").encode(keep_alive=False))
+            self.close()
+
+    def _done(self, request: Request, task: asyncio.Task[Response]) -> None:
+        self._task = None
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is not None:
+            self.failed(request, error)
+        else:
+            self._answer(request, task.result())
+        self._next()
+        self.flow()
+
+    def failed(self, request: Request, error: BaseException) -> None:
+        """Log what our own code failed at; its caller is told no more than that."""
+        self._loop.call_exception_handler({"message": "a request failed", "exception": error, "protocol": self})
+        response = error_response(500, "the node failed at this request")
+        response.close = True
+        self._answer(request, response)
+
+    def _answer(self, request: Request, response: Response) -> None:
+        self._busy = False
+        # What is left of a refused body is not read: the connection ends with the answer.
+        last = self._closing or response.close or not request.keep_alive or not request.complete
+        self.send(response.encode(keep_alive=not last, with_body=request.method != "HEAD"))
+        if last:
+            self.close()
+        else:
+            self.waits_since, self.head_begun = self._loop.time(), self._in_head
+
+
+class _NotHttpError(Exception):
+    """Raised in a callback of the parser, which hands it on as its own error."""
+
+
+class _Fault:
+    """What a handler fails at before its first wait: reported as a task's failure would be."""
+
+    __slots__ = ("_connection", "_request")
+
+    def __init__(self, connection: Connection, request: Request) -> None:
+        self._connection = connection
+        self._request = request
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """Report an error; the loop's own ways to stop pass."""
+        if not isinstance(error, Exception):
+            return False
+        self._connection.failed(self._request, error)
+        return True
+
+
+_FAILED: Final = object()
+
+
+def _begin(handling: Coroutine[Any, Any, Response]) -> Any:  # noqa: ANN401 -- a Response, or what the coroutine waits for
+    """Run a handler to its first wait. Returns its answer, or what it waits for."""
+    try:
+        return handling.send(None)
+    except StopIteration as done:
+        return done.value
+
+
+async def _go_on(handling: Coroutine[Any, Any, Response], waits_for: Any) -> Response:  # noqa: ANN401 -- as above
+    """Let a handler that has begun go on once what it waits for is there."""
+    return await _Rest(handling, waits_for)
+
+
+class _Rest:
+    __slots__ = ("_handling", "_waits_for")
+
+    def __init__(self, handling: Coroutine[Any, Any, Response], waits_for: Any) -> None:  # noqa: ANN401 -- as above
+        self._handling = handling
+        self._waits_for = waits_for
+
+    def __await__(self) -> Generator[Any, Any, Response]:
+        yield self._waits_for
+        return (yield from self._handling.__await__())
