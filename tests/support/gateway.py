@@ -152,7 +152,8 @@ class Agent:
         written = Stamp(stamp, write=True)
         threading.Thread(target=work, daemon=True).start()
         self._numbers += 1
-        self.tell(messages.WorkerEndpoint(self._numbers, bundle.sha256, bundle.revision), ours.fileno(), stamp)
+        reads = EmbeddedEngine(bundle).request_reads
+        self.tell(messages.WorkerEndpoint(self._numbers, bundle.sha256, bundle.revision, reads), ours.fileno(), stamp)
         ours.close()
         os.close(stamp)
 

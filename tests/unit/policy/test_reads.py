@@ -122,7 +122,7 @@ def test_what_is_not_read_changes_nothing(engine):
     """Whatever stands in the members that the policy can't read, or in new ones: the decision is the same, or the same error."""
     documents = [*generate(11, 150), *near_misses(realistic_input())]
     for document in documents:
-        if not isinstance(document, dict) or not isinstance(document.get("request"), dict):
+        if not isinstance(document.get("request"), dict):
             continue
         expected = outcome(engine, document)
         for value in HOSTILE[::4]:
