@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -41,7 +41,7 @@ from agent.guard.egress import OutputProfile
 from agent.identity.peer import PeerVerifier
 from agent.identity.token import TokenVerifier, bearer_token
 from agent.inference.registry import LoadedModel, Registry
-from agent.inference.tensors import InferRequest, InferResponse, Tensor, salted_digest
+from agent.inference.tensors import SALT_BYTES, InferRequest, InferResponse, Tensor, salted_digest
 from agent.messages import NodeFacts
 from agent.policy.client import PolicyClient
 from agent.policy.question import Question
@@ -49,13 +49,12 @@ from agent.records import AuditEvent, PolicyAnswer, Principal
 
 __all__ = ["Answer", "Caller", "RequestFlow", "Wire"]
 
-SALT_BYTES = 32
+_SALT_BATCH = 64
 _ANONYMOUS = Principal(id="", kind="mtls")
 _json = msgspec.json.Encoder().encode
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(msgspec.Struct, frozen=True):
     """What the connection and the headers say of who asks; nothing of it is believed yet."""
 
     certificate: bytes | None
@@ -70,6 +69,10 @@ class Wire(Protocol):
     def announced_bytes(self) -> int | None:
         """Content-Length, when there is one."""
 
+    @property
+    def complete(self) -> bool:
+        """Whether the whole body is here."""
+
     async def read(self, max_bytes: int) -> bytes:
         """Read the body; ``PeerError`` 413 or 408."""
 
@@ -80,8 +83,7 @@ class Wire(Protocol):
         """Encode the answer, with the size of its JSON part when binary parts follow; ``PeerError`` 400."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """What the caller gets, with what goes into the headers."""
 
     body: bytes
@@ -91,32 +93,49 @@ class Answer:
     latency_us: Mapping[str, int]
 
 
-@dataclass(slots=True)
+_STAGES = ("identity", "read", "admit", "decode", "policy", "sanitize", "infer", "egress", "audit")
+
+
 class _Trace:
-    """What is known of a request so far, for its record."""
+    """What is known of a request so far, for its record.
 
-    action: str
-    source_ip: str
-    began_us: int = field(default_factory=clock.now_us)
-    principal: Principal = _ANONYMOUS
-    model: str = ""
-    version: str = ""
-    loaded: LoadedModel | None = None
-    answer: PolicyAnswer | None = None
-    sanitizer: str = ""
-    latency_us: dict[str, int] = field(default_factory=dict)
-    mark_ns: int = field(default_factory=time.perf_counter_ns)
+    Attributes:
+        account: whom limits are charged to: an id is unique only among principals that were proved the same way.
+        steps_us: time of each step of the sanitizer.
+        marks: when the request began, and when each stage of :data:`_STAGES` ended.
+    """
 
-    @property
-    def account(self) -> str:
-        """Whom limits are charged to: an id is unique only among principals that were proved the same way."""
-        return f"{self.principal.kind}:{self.principal.id}"
+    __slots__ = (
+        "account", "action", "answer", "began_us", "loaded", "marks", "model", "principal", "sanitizer", "source_ip", "steps_us", "version",
+    )  # fmt: skip
 
-    def stage(self, name: str) -> None:
-        """End a stage of the latency split."""
-        now = time.perf_counter_ns()
-        self.latency_us[name] = (now - self.mark_ns) // 1000
-        self.mark_ns = now
+    def __init__(self, action: str, source_ip: str) -> None:
+        self.action = action
+        self.source_ip = source_ip
+        self.began_us = clock.now_us()
+        self.principal = _ANONYMOUS
+        self.account = ""
+        self.model = self.version = self.sanitizer = ""
+        self.loaded: LoadedModel | None = None
+        self.answer: PolicyAnswer | None = None
+        self.steps_us: dict[str, int] = {}
+        self.marks = [time.perf_counter_ns()]
+
+    def identified(self, principal: Principal) -> None:
+        """Note who asks."""
+        self.principal = principal
+        self.account = f"{principal.kind}:{principal.id}"
+
+    def mark(self) -> None:
+        """End a stage; they end in their order."""
+        self.marks.append(time.perf_counter_ns())
+
+    def latency_us(self) -> dict[str, int]:
+        """Return the latency split, as far as the request came."""
+        marks = self.marks
+        split = {stage: (end - begin) // 1000 for stage, begin, end in zip(_STAGES, marks, marks[1:], strict=False)}
+        split.update(self.steps_us)
+        return split
 
     def event(self, kind: str, outcome: Literal["ok", "denied", "refused", "failed"], **more: Any) -> AuditEvent:  # noqa: ANN401
         """Build the record."""
@@ -137,9 +156,16 @@ class _Trace:
             policy_revision=answer.revision if answer else "",
             decision_id=answer.decision_id if answer else "",
             reasons=answer.decision.reasons if answer else (),
-            latency_us=self.latency_us,
             **more,
         )
+
+
+def _salts() -> Iterator[bytes]:
+    """Yield random salts; one system call gives a batch of them."""
+    while True:
+        batch = secrets.token_bytes(SALT_BYTES * _SALT_BATCH)
+        for start in range(0, len(batch), SALT_BYTES):
+            yield batch[start : start + SALT_BYTES]
 
 
 @dataclass(slots=True)
@@ -162,6 +188,7 @@ class RequestFlow:
     data: PolicyData = field(default_factory=PolicyData)
     earlier_data: PolicyData = field(default_factory=PolicyData)
     refusals: Refusals = field(default_factory=Refusals)
+    salts: Iterator[bytes] = field(default_factory=_salts)
 
     async def infer(self, caller: Caller, model: str, version: str, wire: Wire) -> Answer:
         """Answer one request.
@@ -183,53 +210,56 @@ class RequestFlow:
 
     async def _infer(self, trace: _Trace, caller: Caller, model: str, version: str, wire: Wire) -> Answer:
         # 1. identify
-        trace.principal = self._identify(caller)
-        trace.stage("identity")
+        trace.identified(self._identify(caller))
+        trace.mark()
         # 2. admit
         name = self.data.limit_for(trace.principal, model)
         limit = self.admission.limit(name)
         most = min(limit.max_bytes, self.max_body_bytes)
         check_size(wire.announced_bytes, most)
-        with self.bodies.reserve(trace.account, most if wire.announced_bytes is None else wire.announced_bytes):
+        if wire.complete:
             body = await wire.read(most)
-        trace.stage("read")
+        else:
+            with self.bodies.reserve(trace.account, most if wire.announced_bytes is None else wire.announced_bytes):
+                body = await wire.read(most)
+        trace.mark()
         now = clock.monotonic_us()
         rate = self.admission.observe(trace.account, now)
         with await self.admission.enter(trace.account, name, now):
             loaded = self._find(trace, model, version)
-            trace.stage("admit")
+            trace.mark()
             # 3. decode
             request = wire.decode(body, loaded)
             batch = loaded.session.batch(request.inputs)
             check_batch(batch, limit)
-            trace.stage("decode")
+            trace.mark()
             # 4. authorize
             asked = {"bytes": len(body), "batch": batch, "rate": rate}
             answer = await self._authorize(trace, loaded, asked)
             decided = answer.decision.obligations.limit
             if decided is not None and decided != name:
                 self.admission.narrow(trace.account, decided, now)
-            trace.stage("policy")
+            trace.mark()
             # 5. sanitize
             data = self._data_of(answer)
             profile = data.sanitizer(answer.decision.obligations.sanitize, loaded.manifest)
             trace.sanitizer = profile.name
             inputs = sanitize_inputs(
-                profile, loaded.manifest, request.inputs, generator=self.generator, latency_us=trace.latency_us
+                profile, loaded.manifest, request.inputs, generator=self.generator, latency_us=trace.steps_us
             )
-            trace.stage("sanitize")
+            trace.mark()
             # 6. infer
             outputs = await self.runner.run(loaded, inputs)
-            trace.stage("infer")
+            trace.mark()
             # 7. egress
             response = _egress(
                 data.output(answer.decision.obligations.output, loaded.manifest), loaded, request, outputs
             )
             encoded = wire.encode(request, response)
-            trace.stage("egress")
+            trace.mark()
             # 8. audit
-            salt = await self._record(trace, request, response)
-            return Answer(*encoded, answer.decision_id, salt, trace.latency_us)
+            salt, latency_us = await self._record(trace, request, response)
+            return Answer(*encoded, answer.decision_id, salt, latency_us)
 
     async def metadata(self, caller: Caller, model: str = "", version: str = "") -> LoadedModel | None:
         """Authorize a look at the server's (no ``model``) or at a model's metadata.
@@ -239,13 +269,13 @@ class RequestFlow:
         """
         trace = _Trace("metadata", caller.source_ip)
         try:
-            trace.principal = self._identify(caller)
+            trace.identified(self._identify(caller))
             now = clock.monotonic_us()
             rate = self.admission.observe(trace.account, now)
             with await self.admission.enter(trace.account, self.data.limit_for(trace.principal), now):
                 loaded = self._find(trace, model, version) if model else None
                 await self._authorize(trace, loaded, {"rate": rate})
-                await self._kept(trace.event("metadata", "ok"))
+                await self._kept(trace.event("metadata", "ok", latency_us=trace.latency_us()))
         except PeerError as error:
             await self._refuse(trace, error)
             raise
@@ -265,7 +295,7 @@ class RequestFlow:
         """
         trace = _Trace(call, caller.source_ip)
         try:
-            trace.principal = self._identify(caller)
+            trace.identified(self._identify(caller))
         except PeerError as unknown:
             error = unknown
         await self._refuse(trace, error)
@@ -308,20 +338,25 @@ class RequestFlow:
                 return data
         raise PolicyError("the policy that decided is no longer in force")
 
-    async def _record(self, trace: _Trace, request: InferRequest, response: InferResponse) -> bytes:
-        """Record an answer; returns the salt of its digests, which only the caller gets."""
-        salt = secrets.token_bytes(SALT_BYTES)
+    async def _record(
+        self, trace: _Trace, request: InferRequest, response: InferResponse
+    ) -> tuple[bytes, Mapping[str, int]]:
+        """Record an answer; returns the salt of its digests, which only the caller gets, and the whole latency split."""
+        salt = next(self.salts)
+        latency_us = trace.latency_us()
         event = trace.event(
             "infer",
             "ok",
+            latency_us=latency_us,
             input_digest=salted_digest(salt, request.inputs),
             output_digest=salted_digest(salt, response.outputs),
         )
         await self._kept(event)
-        trace.stage("audit")
+        trace.mark()
+        latency_us = {**latency_us, "audit": (trace.marks[-1] - trace.marks[-2]) // 1000}
         self.counters.count(f"requests_total|model={trace.model}|outcome=ok")
-        self.counters.observe(trace.latency_us)
-        return salt
+        self.counters.observe(latency_us)
+        return salt, latency_us
 
     async def _kept(self, event: AuditEvent) -> None:
         """Record, and in strict mode wait until the record is durable."""
@@ -341,7 +376,9 @@ class RequestFlow:
         if not denied and not self.refusals.has_record(trace.principal.id, error.reason, clock.monotonic_us()):
             return
         outcome: Literal["denied", "refused"] = "denied" if denied else "refused"
-        await self._note(trace.event("refusal", outcome, error=words, detail={"reason": error.reason}))
+        await self._note(
+            trace.event("refusal", outcome, error=words, detail={"reason": error.reason}, latency_us=trace.latency_us())
+        )
 
     async def note_refusals(self) -> None:
         """Record what was only counted since the last call; to be called once a second and at the end."""

@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 from typing import Final
 
@@ -44,13 +45,14 @@ _SERVER_PATHS: Final = frozenset({"/v2", "/v2/", "/v2/health/live", "/v2/health/
 class _HttpWire:
     """A request as the flow reads it."""
 
-    __slots__ = ("_limits", "_request", "_timeout_s", "announced_bytes")
+    __slots__ = ("_limits", "_request", "_timeout_s", "announced_bytes", "complete")
 
     def __init__(self, request: Request, limits: oip.WireLimits, timeout_s: float) -> None:
         self._request = request
         self._limits = limits
         self._timeout_s = timeout_s
         self.announced_bytes = request.content_length
+        self.complete = request.complete
 
     async def read(self, max_bytes: int) -> bytes:
         return await self._request.read(max_bytes, self._timeout_s)
@@ -110,10 +112,10 @@ class Routes:
 
     async def _dispatch(self, request: Request) -> Response:
         path = request.path
-        match = _MODEL.fullmatch(path) if len(path) <= MAX_PATH_CHARS else None
-        if match is None:
+        route = _route(path) if len(path) <= MAX_PATH_CHARS else None
+        if route is None:
             return await self._server(request, path)
-        model, version, verb = match["model"], match["version"] or "", match["verb"]
+        model, version, verb = route
         if verb == "infer":
             return await self._infer(request, model, version)
         if verb not in {None, "ready"}:
@@ -158,6 +160,18 @@ class Routes:
         return _refusal(await self._flow.refuse(_caller(request), call, error))
 
 
+@functools.lru_cache(maxsize=256)
+def _route(path: str) -> tuple[str, str, str | None] | None:
+    """Return model, version and verb of a path; None for a path that names no model."""
+    match = _MODEL.fullmatch(path)
+    return None if match is None else (match["model"], match["version"] or "", match["verb"])
+
+
+@functools.lru_cache(maxsize=4096)
+def _duration(stage: str, micros: int) -> str:
+    return f"{stage};dur={micros / 1000:g}"
+
+
 def _method(allowed: str) -> PeerError:
     return PeerError(405, "method", f"{allowed} is the only method here")
 
@@ -167,7 +181,7 @@ def _caller(request: Request) -> Caller:
 
 
 def _answer(answer: Answer) -> Response:
-    timing = ", ".join([f"{stage};dur={micros / 1000:g}" for stage, micros in answer.latency_us.items()])
+    timing = ", ".join([_duration(stage, micros) for stage, micros in answer.latency_us.items()])
     headers = (
         f"{DECISION_HEADER}: {answer.decision_id}\r\n{SALT_HEADER}: {answer.salt.hex()}\r\nServer-Timing: {timing}\r\n"
     )

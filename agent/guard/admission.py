@@ -142,10 +142,11 @@ class RateWindow:
     def add(self, now_us: int) -> int:
         """Count one more and return how many there were, this one included."""
         position = now_us // self._part_us
-        for old in range(self._position + 1, min(position, self._position + _WINDOW_PARTS) + 1):
-            self.total -= self._counts[old % _WINDOW_PARTS]
-            self._counts[old % _WINDOW_PARTS] = 0
-        self._position = max(self._position, position)
+        if position > self._position:
+            for old in range(self._position + 1, min(position, self._position + _WINDOW_PARTS) + 1):
+                self.total -= self._counts[old % _WINDOW_PARTS]
+                self._counts[old % _WINDOW_PARTS] = 0
+            self._position = position
         self._counts[self._position % _WINDOW_PARTS] += 1
         self.total += 1
         return self.total

@@ -16,7 +16,6 @@ Sources: RFC 5280; the SPIFFE standards "SPIFFE-ID" (section 2) and "X509-SVID" 
 
 from __future__ import annotations
 
-import hashlib
 import re
 import warnings
 from collections import OrderedDict
@@ -93,15 +92,14 @@ class PeerVerifier:
         """
         if len(der) > MAX_CERTIFICATE_BYTES:  # 1, before anything is computed over it
             raise _refuse("certificate_too_large", f"the certificate has more than {MAX_CERTIFICATE_BYTES} bytes")
-        key = hashlib.sha256(der).digest()
-        identity = self._known.get(key)
+        identity = self._known.get(der)
         if identity is None:
             identity = read_certificate(der)
-            self._known[key] = identity
+            self._known[der] = identity
             if len(self._known) > self._capacity:
                 self._known.popitem(last=False)
         else:
-            self._known.move_to_end(key)
+            self._known.move_to_end(der)
         now = self._clock()
         if now < identity.not_before:  # 2
             raise _refuse("certificate_not_yet_valid", "the client certificate is not valid yet")

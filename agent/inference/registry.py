@@ -56,6 +56,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._entries: dict[str, dict[str, _Entry]] = {}
+        self._unversioned: dict[str, LoadedModel] = {}  # what answers without a version; found again after a change
 
     def expect(self, name: str, version: str) -> None:
         """Note that a model is being loaded; one that already answers goes on answering."""
@@ -65,15 +66,18 @@ class Registry:
 
     def add(self, model: LoadedModel) -> None:
         """Let a model answer, in the place of any of the same name and version."""
+        self._unversioned.pop(model.manifest.name, None)
         versions = self._entries.setdefault(model.manifest.name, {})
         versions[model.manifest.version] = _Entry(ModelState.READY, model)
 
     def fail(self, name: str, version: str, reason: str) -> None:
         """Note that a model could not be loaded; it does not answer any more."""
+        self._unversioned.pop(name, None)
         self._entries.setdefault(name, {})[version] = _Entry(ModelState.UNAVAILABLE, reason=reason)
 
     def remove(self, name: str, version: str) -> None:
         """Forget a model; unknown ones are no error."""
+        self._unversioned.pop(name, None)
         versions = self._entries.get(name, {})
         versions.pop(version, None)
         if not versions:
@@ -85,6 +89,8 @@ class Registry:
         Raises:
             PeerError: 404 for an unknown one, 503 for one that is not ready.
         """
+        if not version and (known := self._unversioned.get(name)) is not None:
+            return known
         versions = self._entries.get(name, {})
         if version:
             entry = versions.get(version)
@@ -97,6 +103,8 @@ class Registry:
             )
         if entry.model is None:
             raise PeerError(503, "model_not_ready", f"model {name} is {entry.state.value.lower()}", retry_after_s=1.0)
+        if not version:
+            self._unversioned[name] = entry.model
         return entry.model
 
     def versions(self, name: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from agent.arrays import all_finite
 from agent.errors import HostError, PeerError, VerificationError
 from agent.inference.manifest import ModelManifest, TensorModality
 from agent.inference.tensors import DATATYPES, Tensor, datatype_of
@@ -63,7 +64,7 @@ class Session:
         threads: int = 1,
     ) -> None:
         self.manifest = manifest
-        self._outputs = tuple(spec.name for spec in manifest.outputs)
+        self._outputs = {spec.name: (DATATYPES[spec.datatype], spec.shape) for spec in manifest.outputs}
         self._finite = not (isinstance(manifest.modality, TensorModality) and manifest.modality.allow_nonfinite)
         self._ranges = manifest.modality.ranges if isinstance(manifest.modality, TensorModality) else {}
         try:
@@ -80,7 +81,7 @@ class Session:
         self._session._model_bytes = None  # noqa: SLF001 -- no public way to let go of it
         inputs = {node.name for node in self._session.get_inputs()}
         outputs = {node.name for node in self._session.get_outputs()}
-        if inputs != {spec.name for spec in manifest.inputs} or not outputs >= set(self._outputs):
+        if inputs != {spec.name for spec in manifest.inputs} or not outputs >= self._outputs.keys():
             raise VerificationError("model-io", f"the graph has inputs {sorted(inputs)} and outputs {sorted(outputs)}")
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str] = ()) -> dict[str, Tensor]:
@@ -96,7 +97,7 @@ class Session:
             VerificationError: ``model-output``, when the model breaks its own manifest.
         """
         self.validate(inputs)
-        wanted = tuple(outputs) or self._outputs
+        wanted = tuple(outputs or self._outputs)
         for name in wanted:
             if name not in self._outputs:
                 raise PeerError(400, "output", f"outputs[{name[:64]}]: the model has {', '.join(self._outputs)}")
@@ -115,19 +116,15 @@ class Session:
             PeerError: 400, saying what and where.
         """
         for spec in self.manifest.inputs:
-            where = f"inputs[{spec.name}]"
             tensor = inputs.get(spec.name)
             if tensor is None:
-                raise PeerError(400, "input", f"{where}: missing")
+                raise _bad("input", spec, "missing")
             if tensor.dtype != DATATYPES[spec.datatype]:
-                raise PeerError(400, "datatype", f"{where}: is {datatype_of(tensor)}, the model takes {spec.datatype}")
+                raise _bad("datatype", spec, f"is {datatype_of(tensor)}, the model takes {spec.datatype}")
             if not _fits(tensor.shape, spec.shape) or 0 in tensor.shape:
-                raise PeerError(
-                    400,
-                    "shape",
-                    f"{where}: is {list(tensor.shape)}, the model takes {list(spec.shape)} (-1 is 1 or more)",
-                )
-            self._check_values(where, spec, tensor)
+                takes = f"the model takes {list(spec.shape)} (-1 is 1 or more)"
+                raise _bad("shape", spec, f"is {list(tensor.shape)}, {takes}")
+            self._check_values(spec, tensor)
         if len(inputs) != len(self.manifest.inputs):
             unknown = sorted(set(inputs) - {spec.name for spec in self.manifest.inputs})
             raise PeerError(400, "input", f"inputs[{unknown[0][:64]}]: the model has no such input")
@@ -139,28 +136,26 @@ class Session:
                 return int(inputs[spec.name].shape[0])
         return 1
 
-    def _check_values(self, where: str, spec: TensorSpec, tensor: Tensor) -> None:
-        limits = self._ranges.get(spec.name)
-        if tensor.dtype.hasobject or (limits is None and not (self._finite and tensor.dtype.kind == "f")):
+    def _check_values(self, spec: TensorSpec, tensor: Tensor) -> None:
+        if tensor.dtype.hasobject:
             return
-        # NaN propagates through both, so two passes at memory speed tell everything.
-        low, high = float(tensor.min()), float(tensor.max())
-        if self._finite and not (np.isfinite(low) and np.isfinite(high)):
-            raise PeerError(400, "value", f"{where}: NaN and infinite values are not allowed")
-        if limits is not None and (low < limits.low or high > limits.high):
-            raise PeerError(400, "value", f"{where}: values must lie within {limits.low:g}..{limits.high:g}")
+        if self._finite and tensor.dtype.kind == "f" and not all_finite(tensor):
+            raise _bad("value", spec, "NaN and infinite values are not allowed")
+        limits = self._ranges.get(spec.name)
+        if limits is not None and (float(tensor.min()) < limits.low or float(tensor.max()) > limits.high):
+            raise _bad("value", spec, f"values must lie within {limits.low:g}..{limits.high:g}")
 
     def _checked(self, name: str, result: Any) -> Tensor:  # noqa: ANN401 -- whatever the model gives
-        spec = next(spec for spec in self.manifest.outputs if spec.name == name)
+        dtype, shape = self._outputs[name]
         if not isinstance(result, np.ndarray):
             raise VerificationError("model-output", f"{name} is not a tensor")
         tensor: Tensor = result
         if tensor.dtype.hasobject or tensor.dtype.kind == "U":
             tensor = np.empty(result.shape, dtype=object)
             tensor.reshape(-1)[:] = [str(element).encode() for element in result.flat]
-        if tensor.dtype != DATATYPES[spec.datatype] or not _fits(tensor.shape, spec.shape):
+        if tensor.dtype != dtype or not _fits(tensor.shape, shape):
             raise VerificationError(
-                "model-output", f"{name} is {tensor.dtype} {list(tensor.shape)}, not {spec.datatype} {list(spec.shape)}"
+                "model-output", f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}"
             )
         return tensor
 
@@ -185,7 +180,8 @@ def _options(externals: Mapping[str, bytes | mmap], threads: int) -> Any:  # noq
 def _native_form(name: str, tensor: Tensor) -> Tensor:
     """Return what onnxruntime takes: contiguous and aligned; its strings are text."""
     if not tensor.dtype.hasobject:
-        return np.require(tensor, requirements=["C", "A"])
+        flags = tensor.flags
+        return tensor if flags.c_contiguous and flags.aligned else np.require(tensor, requirements=["C", "A"])
     strings = np.empty(tensor.shape, dtype=object)
     try:
         strings.reshape(-1)[:] = [element.decode() for element in tensor.flat]
@@ -195,4 +191,13 @@ def _native_form(name: str, tensor: Tensor) -> Tensor:
 
 
 def _fits(actual: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    return len(actual) == len(expected) and all(want in {-1, have} for have, want in zip(actual, expected, strict=True))
+    if len(actual) != len(expected):
+        return False
+    for have, want in zip(actual, expected, strict=True):  # noqa: SIM110 -- twice as quick as all() for a few dimensions
+        if want not in (-1, have):
+            return False
+    return True
+
+
+def _bad(reason: str, spec: TensorSpec, what: str) -> PeerError:
+    return PeerError(400, reason, f"inputs[{spec.name}]: {what}")

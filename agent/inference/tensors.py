@@ -10,13 +10,14 @@ Rules:
 4. ``BF16`` is refused: numpy has no such type, and a silent cast would change what a client sent.
 """
 
+import functools
 import hashlib
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import orjson
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 Tensor: TypeAlias = npt.NDArray[Any]
+_Described: TypeAlias = tuple[str, str, tuple[int, ...], int]  # name, datatype, shape, bytes
 
 MAX_RANK = 16  # dimensions
 MAX_ELEMENTS = 1 << 28  # elements a tensor: 1 GiB of FP32
@@ -69,33 +71,30 @@ DATATYPES: Mapping[str, np.dtype[Any]] = {
 _NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class RequestedOutput:
+class RequestedOutput(msgspec.Struct, frozen=True):
     """One output that a client asks for; ``parameters`` are its own (for example ``binary_data``)."""
 
     name: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class InferRequest:
+class InferRequest(msgspec.Struct, frozen=True):
     """One request to a model, decoded. ``outputs`` empty means all of them."""
 
     id: str
     inputs: Mapping[str, Tensor]
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = {}
     outputs: tuple[RequestedOutput, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class InferResponse:
+class InferResponse(msgspec.Struct, frozen=True):
     """What a model answered."""
 
     model_name: str
     model_version: str
     id: str
     outputs: Mapping[str, Tensor]
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = {}
 
 
 def dtype_of(datatype: str, where: str = "datatype") -> np.dtype[Any]:
@@ -133,7 +132,7 @@ def element_count(shape: Sequence[int], where: str = "shape") -> int:
         raise PeerError(400, "shape", f"{where}: {len(shape)} dimensions, more than {MAX_RANK}")
     count = math.prod(shape)
     # Each dimension is bounded too: [0, 2**70] has no elements and still is no shape of an array.
-    if count > MAX_ELEMENTS or any(not 0 <= dimension <= MAX_ELEMENTS for dimension in shape):
+    if count > MAX_ELEMENTS or (shape and (min(shape) < 0 or max(shape) > MAX_ELEMENTS)):
         raise PeerError(400, "shape", f"{where}: dimensions must be 0 or more, at most {MAX_ELEMENTS} elements in all")
     return count
 
@@ -210,21 +209,24 @@ def salted_digest(salt: bytes, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _binary_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    ordered = sorted(tensors.items())
-    encoded = [
-        tensor_to_binary(tensor)
-        if tensor.dtype.hasobject
-        else np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
-        for _, tensor in ordered
-    ]
-    header = [
-        {
-            "name": name,
-            "datatype": datatype_of(tensor),
-            "shape": tensor.shape,
-            "parameters": {"binary_data_size": len(data)},
-        }
-        for (name, tensor), data in zip(ordered, encoded, strict=True)
-    ]
-    yield orjson.dumps(header, option=orjson.OPT_SORT_KEYS)
+    encoded: list[bytes | memoryview] = []
+    described: list[_Described] = []
+    for name, tensor in sorted(tensors.items()):
+        data = tensor_to_binary(tensor) if tensor.dtype.hasobject else _octets(tensor)
+        encoded.append(data)
+        described.append((name, datatype_of(tensor), tensor.shape, len(data)))
+    yield _header(tuple(described))
     yield from encoded
+
+
+def _octets(tensor: Tensor) -> memoryview:
+    return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+
+
+@functools.lru_cache(maxsize=256)  # most models take and give one shape
+def _header(described: tuple[_Described, ...]) -> bytes:
+    header = [
+        {"name": name, "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": size}}
+        for name, datatype, shape, size in described
+    ]
+    return orjson.dumps(header, option=orjson.OPT_SORT_KEYS)

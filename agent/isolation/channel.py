@@ -219,7 +219,7 @@ class AsyncChannel:
         if len(self._queue) >= MAX_QUEUED_FRAMES or self._queued_bytes + len(frame) > MAX_QUEUED_BYTES:
             self.close()
             raise IsolationError("channel: the peer does not read")
-        self._queue.append((frame, _duplicate(fds)))
+        self._queue.append((frame, _duplicate(fds) if fds else ()))
         self._queued_bytes += len(frame)
         if not self._flush_scheduled:
             self._flush_scheduled = True
