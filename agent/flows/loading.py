@@ -5,8 +5,10 @@ The agent hands over the model, its manifest, its labels and the external data t
 
 from collections.abc import Mapping
 
+import msgspec
+
 from agent.errors import VerificationError
-from agent.inference.manifest import MANIFEST_FILE, parse_labels, parse_manifest
+from agent.inference.manifest import MANIFEST_FILE, ModelManifest, parse_labels, parse_manifest
 from agent.inference.package import MODEL_FILE
 from agent.inference.registry import LoadedModel
 from agent.inference.session import Session
@@ -40,4 +42,18 @@ def load_model(fds: Mapping[str, int], *, digest: str, signer: str, threads: int
         labels = parse_labels(bytes(files[manifest.labels]))
     externals = {path: data for path, data in files.items() if path not in {MODEL_FILE, MANIFEST_FILE, manifest.labels}}
     session = Session(bytes(files[MODEL_FILE]), externals, manifest, threads)
-    return LoadedModel(session, manifest, digest, signer, labels)
+    return LoadedModel(session, manifest, digest, signer, labels, _resource(manifest, digest, signer))
+
+
+def _resource(manifest: ModelManifest, digest: str, signer: str) -> bytes:
+    """Return the policy input's ``resource`` (contract §4): what is loaded was measured before it was handed over."""
+    return msgspec.json.encode(
+        {
+            "model": manifest.name,
+            "version": manifest.version,
+            "digest": digest,
+            "signer": signer,
+            "measured": True,
+            "sensitivity": manifest.sensitivity,
+        }
+    )

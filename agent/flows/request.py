@@ -74,7 +74,10 @@ class Wire(Protocol):
         """Whether the whole body is here."""
 
     async def read(self, max_bytes: int) -> bytes:
-        """Read the body; ``PeerError`` 413 or 408."""
+        """Wait for the body and return it; ``PeerError`` 413, 408 or 400."""
+
+    def body(self, max_bytes: int) -> bytes:
+        """Return the body that is complete; ``PeerError`` 413."""
 
     def decode(self, body: bytes, model: LoadedModel) -> InferRequest:
         """Decode it; ``PeerError`` 400."""
@@ -184,11 +187,21 @@ class RequestFlow:
     max_body_bytes: int
     runner: Runner
     generator: np.random.Generator
-    facts: NodeFacts
     data: PolicyData = field(default_factory=PolicyData)
     earlier_data: PolicyData = field(default_factory=PolicyData)
     refusals: Refusals = field(default_factory=Refusals)
     salts: Iterator[bytes] = field(default_factory=_salts)
+    node_json: bytes = b""
+
+    def __post_init__(self) -> None:
+        self.take_facts(NodeFacts(trust="unknown"))
+
+    def take_facts(self, facts: NodeFacts) -> None:
+        """Tell the policy this of the node from now on."""
+        node: dict[str, Any] = {"id": self.node, "trust": facts.trust, "posture": facts.posture}
+        if facts.attested_age_s is not None:
+            node["attested_age_s"] = facts.attested_age_s
+        self.node_json = _json(node)
 
     async def infer(self, caller: Caller, model: str, version: str, wire: Wire) -> Answer:
         """Answer one request.
@@ -218,7 +231,7 @@ class RequestFlow:
         most = min(limit.max_bytes, self.max_body_bytes)
         check_size(wire.announced_bytes, most)
         if wire.complete:
-            body = await wire.read(most)
+            body = wire.body(most)
         else:
             with self.bodies.reserve(trace.account, most if wire.announced_bytes is None else wire.announced_bytes):
                 body = await wire.read(most)
@@ -249,7 +262,9 @@ class RequestFlow:
             )
             trace.mark()
             # 6. infer
-            outputs = await self.runner.run(loaded, inputs)
+            outputs = self.runner.run_here(loaded, inputs)
+            if outputs is None:
+                outputs = await self.runner.run(loaded, inputs)
             trace.mark()
             # 7. egress
             response = _egress(
@@ -319,11 +334,11 @@ class RequestFlow:
         question = Question(
             subject=_json(trace.principal),
             action=trace.action,
-            resource=b"" if loaded is None else _resource(loaded),
-            node=_node(self.node, self.facts),
+            resource=b"" if loaded is None else loaded.resource,
+            node=self.node_json,
             request=request,
         )
-        answer = trace.answer = await self.policy.decide(question)
+        answer = trace.answer = self.policy.recall(question) or await self.policy.decide(question)
         if not answer.decision.allow:
             words = "denied by policy"
             if self.data.explain_denials and answer.decision.reasons:
@@ -393,27 +408,6 @@ class RequestFlow:
                 await waiting
         except AuditError:
             self.counters.count("unrecorded_refusals_total")
-
-
-def _resource(loaded: LoadedModel) -> bytes:
-    manifest = loaded.manifest
-    return _json(
-        {
-            "model": manifest.name,
-            "version": manifest.version,
-            "digest": loaded.sha256,
-            "signer": loaded.signer,
-            "measured": True,
-            "sensitivity": manifest.sensitivity,
-        }
-    )
-
-
-def _node(name: str, facts: NodeFacts) -> bytes:
-    node: dict[str, Any] = {"id": name, "trust": facts.trust, "posture": facts.posture}
-    if facts.attested_age_s is not None:
-        node["attested_age_s"] = facts.attested_age_s
-    return _json(node)
 
 
 def _egress(

@@ -32,20 +32,27 @@ class Runner:
         self._slow: dict[str, None] = {}
         self._suspects: dict[str, None] = {}
 
-    async def run(self, loaded: LoadedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run a model on inputs; raises what :meth:`agent.inference.session.Session.run` raises."""
+    def run_here(self, loaded: LoadedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Run a model in the loop; None for one that belongs into a thread or is looked at: :meth:`run` does that.
+
+        Raises what :meth:`agent.inference.session.Session.run` raises.
+        """
         model = loaded.sha256
-        if model in self._slow:
-            outputs, spent_ns = await asyncio.get_running_loop().run_in_executor(self._pool, _timed, loaded, inputs)
-        elif model in self._suspects:
+        if model in self._slow or model in self._suspects:
+            return None
+        began_ns = time.perf_counter_ns()
+        outputs = loaded.session.run(inputs)
+        if time.perf_counter_ns() - began_ns > SLOW_RUN_NS:
+            _note(self._suspects, model)
+        return outputs
+
+    async def run(self, loaded: LoadedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run a model that was slow, and see whether it still is; raises as :meth:`run_here`."""
+        model = loaded.sha256
+        if self._suspects.pop(model, "") is None:
             outputs, spent_ns = _timed(loaded, inputs)
         else:
-            began_ns = time.perf_counter_ns()
-            outputs = loaded.session.run(inputs)
-            if time.perf_counter_ns() - began_ns > SLOW_RUN_NS:
-                _note(self._suspects, model)
-            return outputs
-        self._suspects.pop(model, None)
+            outputs, spent_ns = await asyncio.get_running_loop().run_in_executor(self._pool, _timed, loaded, inputs)
         if spent_ns <= SLOW_RUN_NS:
             self._slow.pop(model, None)
         else:

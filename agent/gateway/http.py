@@ -159,20 +159,23 @@ class Request:
         value = self._headers.get(name)
         return None if value is None else value.decode("latin-1")
 
-    async def read(self, max_bytes: int, timeout_s: float) -> bytes:
-        """Return the body.
+    def body(self, max_bytes: int) -> bytes:
+        """Return the body, as far as it is here.
 
         Raises:
-            PeerError: 413 beyond ``max_bytes``, 408 when it is not complete in time, 400 when it ends too early.
+            PeerError: 413 beyond ``max_bytes``.
         """
-        if not self.complete:
-            await self._arrive(max_bytes, timeout_s)
         if self.size > max_bytes:
             raise PeerError(413, "body_too_large", f"body: more than {max_bytes} bytes")
         parts = self._parts
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _arrive(self, max_bytes: int, timeout_s: float) -> None:
+    async def arrive(self, max_bytes: int, timeout_s: float) -> None:
+        """Wait until the body is complete, or larger than allowed.
+
+        Raises:
+            PeerError: 408 when it is not complete in time, 400 when it ends too early.
+        """
         self._allowed = max_bytes
         if self.expects_continue and not self.size:
             self._connection.send(_CONTINUE)

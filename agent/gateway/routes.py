@@ -55,7 +55,11 @@ class _HttpWire:
         self.complete = request.complete
 
     async def read(self, max_bytes: int) -> bytes:
-        return await self._request.read(max_bytes, self._timeout_s)
+        await self._request.arrive(max_bytes, self._timeout_s)
+        return self._request.body(max_bytes)
+
+    def body(self, max_bytes: int) -> bytes:
+        return self._request.body(max_bytes)
 
     def decode(self, body: bytes, model: LoadedModel) -> InferRequest:
         header = self._request.header
@@ -116,18 +120,14 @@ class Routes:
         if route is None:
             return await self._server(request, path)
         model, version, verb = route
+        if verb == "infer" and request.method == "POST":
+            wire = _HttpWire(request, self._limits, self._body_timeout_s)
+            return _answer(await self._flow.infer(_caller(request), model, version, wire))
         if verb == "infer":
-            return await self._infer(request, model, version)
+            return await self._refuse(request, _method("POST"))
         if verb not in {None, "ready"}:
             return await self._refuse(request, PeerError(403, "surface", "not served here"))
         return await self._model(request, model, version, verb)
-
-    async def _infer(self, request: Request, model: str, version: str) -> Response:
-        if request.method != "POST":
-            return await self._refuse(request, _method("POST"))
-        wire = _HttpWire(request, self._limits, self._body_timeout_s)
-        answer = await self._flow.infer(_caller(request), model, version, wire)
-        return _answer(answer)
 
     async def _model(self, request: Request, model: str, version: str, verb: str | None) -> Response:
         if request.method != "GET":

@@ -101,7 +101,6 @@ class Gateway:
             max_body_bytes=start.max_body_bytes,
             runner=self._runner,
             generator=new_generator(),
-            facts=messages.NodeFacts(trust="unknown"),
         )
         limits = oip.WireLimits(body_bytes=start.max_body_bytes, json_bytes=start.max_body_bytes)
         self._routes = Routes(self._flow, limits, start.body_timeout_ms / 1000, start.max_concurrent)
@@ -146,7 +145,7 @@ class Gateway:
                 self._newest.pop((name, version), None)
                 self._registry.remove(name, version)
             case messages.NodeFacts() as facts:
-                self._flow.facts = facts
+                self._flow.take_facts(facts)
             case messages.Serve():
                 self._spawn(self._serve())
             case messages.Drain(timeout_ms=timeout_ms):

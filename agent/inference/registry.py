@@ -35,6 +35,7 @@ class LoadedModel:
         sha256: digest of its package.
         signer: SHA-256 of the SubjectPublicKeyInfo that signed it.
         labels: of its classes, in order; may be empty.
+        resource: JSON of what the policy is told about it.
     """
 
     session: Session
@@ -42,6 +43,7 @@ class LoadedModel:
     sha256: str
     signer: str
     labels: tuple[str, ...] = ()
+    resource: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,8 @@ class Session:
             raise VerificationError("model-load", " ".join(str(error).split())[:400]) from error
         # The binding would keep a second copy of the whole model for as long as the session lives.
         self._session._model_bytes = None  # noqa: SLF001 -- no public way to let go of it
+        # Its Python method of that name checks again what validate() has checked, and would fall back to another provider.
+        self._run = self._session._sess.run  # noqa: SLF001 -- the native method has no public name
         inputs = {node.name for node in self._session.get_inputs()}
         outputs = {node.name for node in self._session.get_outputs()}
         if inputs != {spec.name for spec in manifest.inputs} or not outputs >= self._outputs.keys():
@@ -103,7 +105,7 @@ class Session:
                 raise PeerError(400, "output", f"outputs[{name[:64]}]: the model has {', '.join(self._outputs)}")
         feed = {name: _native_form(name, tensor) for name, tensor in inputs.items()}
         try:
-            results = self._session.run(wanted, feed)
+            results = self._run(wanted, feed, None)
         except _ERRORS as error:
             # The cause names nodes and shapes of the graph: for the log of the node, not for the caller.
             raise PeerError(400, "infer", "inputs: the model can't compute these values and shapes together") from error

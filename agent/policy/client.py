@@ -147,28 +147,32 @@ class PolicyClient:
         for question in [question for question in self._open.values() if question.line is None]:
             self._send(question)
 
+    def recall(self, question: Question) -> PolicyAnswer | None:
+        """Return the decision on an earlier question like this one, under an id of its own; None where there is none."""
+        if self._memory is None or not self._lines:
+            return None
+        known = self._memory.get(question)
+        if known is None:
+            return None
+        self.remembered += 1
+        endpoint = self._lines[0].endpoint
+        return PolicyAnswer(known, next(self._ids), endpoint.policy_sha256, endpoint.revision)
+
     async def decide(self, document: Mapping[str, Any] | Question) -> PolicyAnswer:
-        """Ask for the decision on one input document (contract §4).
+        """Ask a worker for the decision on one input document (contract §4); remember the one on a :class:`Question`.
 
         Returns:
-            The decision; a deny with ``error`` when there is none. Only a :class:`Question` is answered from memory.
+            The decision; a deny with ``error`` when there is none.
         """
         decision_id = next(self._ids)
         place: _Place = None
         try:
-            if not isinstance(document, Question):
-                input_json = orjson.dumps(document)
-            else:
-                memory = self._memory
-                if memory is not None and self._lines:
-                    key = memory.key(document)
-                    known = memory.get(key)
-                    if known is not None:
-                        self.remembered += 1
-                        endpoint = self._lines[0].endpoint
-                        return PolicyAnswer(known, decision_id, endpoint.policy_sha256, endpoint.revision)
-                    place = memory, key
+            if isinstance(document, Question):
+                if self._memory is not None:
+                    place = self._memory, self._memory.key(document)
                 input_json = document.encode()
+            else:
+                input_json = orjson.dumps(document)
         except TypeError as error:
             return _denied(decision_id, f"the input has no JSON form: {error}")
         return await self._ask(decision_id, input_json, place)

@@ -80,9 +80,12 @@ class Memory:
         read = orjson.dumps({member: request[member] for member in self._reads if member in request})
         return question.subject, question.action, question.resource, question.node, read
 
-    def get(self, key: Key) -> Decision | None:
-        """Return what was decided before."""
-        return self._known.get(key)
+    def get(self, question: Question) -> Decision | None:
+        """Return what was decided on such a question before."""
+        try:
+            return self._known.get(self.key(question))
+        except TypeError:
+            return None  # it has no JSON form, so it was never asked
 
     def put(self, key: Key, decision: Decision) -> None:
         """Remember a decision."""

@@ -10,7 +10,7 @@ from agent.isolation.channel import MAX_QUEUED_FRAMES, Channel, channel_pair
 from agent.policy.client import PolicyClient
 from agent.policy.messages import MAX_QUESTION_BYTES, Answer, Endpoint, pack_answer, stamp_memory
 from agent.policy.question import Question
-from agent.records import DENY_ALL
+from agent.records import DENY_ALL, PolicyAnswer
 from tests.support.policy import Script, WorkerThread, until
 
 DEADLINE_S, TOTAL_S = 0.3, 3.0
@@ -387,13 +387,18 @@ def _question(**request: object) -> Question:
     return Question(b"{}", "infer", b"", b"{}", request)
 
 
+async def _decide(client: PolicyClient, question: Question) -> PolicyAnswer:
+    """As a gateway does."""
+    return client.recall(question) or await client.decide(question)
+
+
 async def test_a_question_like_an_earlier_one_is_answered_from_memory() -> None:
     """The worker is asked once; every answer has an id of its own."""
     worker = WorkerThread(request_reads=("time",))
     async with asking(worker) as (client, _):
-        first = await client.decide(_question(time="1", rate=1))
-        second = await client.decide(_question(time="1", rate=2))
-        third = await client.decide(_question(time="2", rate=2))
+        first = await _decide(client, _question(time="1", rate=1))
+        second = await _decide(client, _question(time="1", rate=2))
+        third = await _decide(client, _question(time="2", rate=2))
     assert len(worker.engine.seen) == 2
     assert client.remembered == 1
     assert (second.decision, second.policy_sha256, second.revision) == (first.decision, "a" * 64, "r1")
@@ -406,7 +411,7 @@ async def test_nothing_is_remembered_where_it_must_not_be(reads, remember) -> No
     worker = WorkerThread(request_reads=reads)
     async with asking(worker, remember=remember) as (client, _):
         for _ in range(3):
-            assert (await client.decide(_question(time="1"))).decision.allow
+            assert (await _decide(client, _question(time="1"))).decision.allow
     assert len(worker.engine.seen) == 3
 
 
@@ -416,7 +421,7 @@ async def test_an_error_is_asked_again() -> None:
     async with asking(worker) as (client, _):
         for request in ({"do": "fail"}, {"answer": {"allow": "yes"}}):
             for _ in range(2):
-                assert (await client.decide(Question(b"{}", "infer", b"", b"{}", request))).error
+                assert (await _decide(client, Question(b"{}", "infer", b"", b"{}", request))).error
     assert len(worker.engine.seen) == 4
 
 
@@ -425,9 +430,9 @@ async def test_a_new_policy_begins_with_an_empty_memory() -> None:
     old = WorkerThread(request_reads=("time",))
     new = WorkerThread(sha256="b" * 64, request_reads=("time",))
     async with asking(old) as (client, _):
-        await client.decide(_question(time="1"))
+        await _decide(client, _question(time="1"))
         client.attach(new.start())
-        answer = await client.decide(_question(time="1"))
+        answer = await _decide(client, _question(time="1"))
     new.join()
     assert answer.policy_sha256 == "b" * 64
     assert (len(old.engine.seen), len(new.engine.seen)) == (1, 1)
@@ -439,12 +444,12 @@ async def test_an_old_policys_answer_does_not_enter_the_new_memory() -> None:
     new = WorkerThread(sha256="b" * 64, request_reads=("time",))
     async with asking(old) as (client, _):
         slow = Question(b"{}", "infer", b"", b"{}", {"time": "1", "do": "pause"})
-        asked = asyncio.ensure_future(client.decide(slow))
+        asked = asyncio.ensure_future(_decide(client, slow))
         await until(lambda: old.engine.seen)
         client.attach(new.start())
         old.engine.resume.set()
         assert (await asked).policy_sha256 == "a" * 64
-        assert (await client.decide(_question(time="1"))).policy_sha256 == "b" * 64
+        assert (await _decide(client, _question(time="1"))).policy_sha256 == "b" * 64
     new.join()
     assert len(new.engine.seen) == 1
 
@@ -453,7 +458,7 @@ async def test_without_a_worker_nothing_is_answered_from_memory() -> None:
     """A decision needs a living worker of its policy, also one that was made before."""
     worker = WorkerThread(request_reads=("time",))
     async with asking(worker, total_s=0.3) as (client, _):
-        assert (await client.decide(_question(time="1"))).decision.allow
+        assert (await _decide(client, _question(time="1"))).decision.allow
         worker.kill()
         await until(lambda: client.workers == 0)
-        assert (await client.decide(_question(time="1"))).decision == DENY_ALL
+        assert (await _decide(client, _question(time="1"))).decision == DENY_ALL

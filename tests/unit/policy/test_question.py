@@ -56,8 +56,8 @@ def test_whatever_else_differs_counts(other):
     """A member that can be read, absent or of another type, subject, action, resource or node: another key."""
     memory = Memory(["time"])
     memory.put(memory.key(question({"time": "1"})), YES)
-    assert memory.get(memory.key(other)) is None
-    assert memory.get(memory.key(question({"time": "1"}))) is YES
+    assert memory.get(other) is None
+    assert memory.get(question({"time": "1"})) is YES
 
 
 @given(MEMBERS, MEMBERS)
@@ -71,14 +71,15 @@ def test_one_key_means_one_projection(first, second):
 def test_a_memory_is_bounded():
     """The oldest decision makes room for the newest."""
     memory = Memory(["n"])
-    keys = [memory.key(question({"n": n})) for n in range(MAX_REMEMBERED + 1)]
-    for key in keys:
-        memory.put(key, NO)
-    assert memory.get(keys[0]) is None
-    assert all(memory.get(key) is NO for key in keys[1:])
+    questions = [question({"n": n}) for n in range(MAX_REMEMBERED + 1)]
+    for each in questions:
+        memory.put(memory.key(each), NO)
+    assert memory.get(questions[0]) is None
+    assert all(memory.get(each) is NO for each in questions[1:])
 
 
 def test_a_request_without_a_json_form_has_no_key():
     """It is the asker's error, as it would be without a memory."""
     with pytest.raises(TypeError):
         Memory(["time"]).key(question({"time": object()}))
+    assert Memory(["time"]).get(question({"time": object()})) is None
