@@ -107,7 +107,10 @@ class AuditLog:
         Raises:
             AuditError: the event is not one, the log is closed, or (strict mode) nothing can be written now.
         """
-        event = decode_event(data)
+        return self.append_decoded(decode_event(data), len(data))
+
+    def append_decoded(self, event: AuditEvent, size: int) -> Appended:
+        """Append what :func:`agent.audit.record.decode_event` returned for so many bytes; else as :meth:`append_encoded`."""
         if self._closed:
             raise AuditError("audit: the log is closed")
         refusal = self.failure
@@ -119,8 +122,8 @@ class AuditLog:
         if not self._strict:
             done.set_result(None)
         if refusal is None:
-            self._queued_bytes += len(data)
-            self._committer.queue.append(Waiting(event, done if self._strict else None, len(data)))
+            self._queued_bytes += size
+            self._committer.queue.append(Waiting(event, done if self._strict else None, size))
             self._schedule_wake()
         else:
             self._committer.dropped += 1

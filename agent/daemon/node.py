@@ -55,10 +55,10 @@ class Node:
 
     # --- what the flows ask for
 
-    def record(self, event: AuditEvent) -> asyncio.Future[Any]:
-        """Append to the audit log; keeps the fact ``log_durable``."""
+    def record(self, event: AuditEvent, size: int | None = None) -> asyncio.Future[Any]:
+        """Append to the audit log; keeps the fact ``log_durable``. With a ``size`` in bytes the event came decoded from a gateway."""
         try:
-            future = self.audit.append(event)
+            future = self.audit.append(event) if size is None else self.audit.append_decoded(event, size)
         finally:
             self.report_log()
         if not future.done():

@@ -21,6 +21,7 @@ import msgspec
 import structlog
 
 from agent import messages
+from agent.audit.record import decode_event
 from agent.errors import AuditError, IsolationError
 from agent.isolation.channel import AsyncChannel, Frame
 from agent.isolation.memfd import SealedFile
@@ -34,7 +35,6 @@ __all__ = ["Dataplane", "DataplaneHooks", "ServedModel"]
 MAX_FILES_A_MESSAGE = 128
 LOAD_TIMEOUT_S = 300.0
 _log = structlog.get_logger(__name__)
-_event_decoder = msgspec.json.Decoder(AuditEvent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class ServedModel:
 class DataplaneHooks(Protocol):
     """Whom the data plane tells and asks."""
 
-    def record(self, event: AuditEvent) -> asyncio.Future[Any]:
-        """Append to the audit log; the future is done when the record counts, or fails with ``AuditError``."""
+    def record(self, event: AuditEvent, size: int) -> asyncio.Future[Any]:
+        """Append what ``decode_event`` gave for ``size`` bytes; the future is done when the record counts, or fails with ``AuditError``."""
 
     def subscribe(self, asker: Callable[[Endpoint], None]) -> Subscription:
         """Give policy workers to ``asker`` from now on."""
@@ -253,15 +253,15 @@ class Dataplane:
 
     def _append(self, number: int, encoded: bytes) -> None:
         try:
-            event = _event_decoder.decode(encoded)
-        except (ValueError, RecursionError) as error:
-            raise IsolationError(f"not an audit event: {error}") from error
+            event = decode_event(encoded)
+        except AuditError as error:
+            raise IsolationError(str(error)) from error
         if event.kind not in messages.GATEWAY_KINDS:
             raise IsolationError(f"a gateway may not record {event.kind!r}")
         if self._acknowledger is None:
             return
         try:
-            self._acknowledger.follow(number, self._hooks.record(event))
+            self._acknowledger.follow(number, self._hooks.record(event, len(encoded)))
         except AuditError as error:
             self._acknowledger.refuse(number, str(error))
 

@@ -68,7 +68,7 @@ class Hooks:
         self.refusal: AuditError | None = None
         self.facts: list[tuple[bool, str]] = []
 
-    def record(self, event: AuditEvent) -> asyncio.Future[Any]:
+    def record(self, event: AuditEvent, size: int) -> asyncio.Future[Any]:
         if self.refusal:
             raise self.refusal
         self.recorded.append(event)
