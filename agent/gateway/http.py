@@ -52,6 +52,7 @@ _SINGLE: Final = frozenset(
 )
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _BAD_REQUEST: Final = 400
+_VERSIONS: Final = frozenset({"1.0", "1.1"})
 _KEEP: Final = ""  # is what HTTP/1.1 takes for granted
 _CLOSE: Final = "Connection: close\r\n"
 _PHRASES: Final = {
@@ -349,7 +350,7 @@ class Connection(asyncio.Protocol):
         """The head is complete."""
         parser = self._parser
         self._in_head = False
-        if len(self._queue) > MAX_PIPELINED or parser.get_http_version() not in {"1.1", "1.0"}:
+        if len(self._queue) > MAX_PIPELINED or parser.get_http_version() not in _VERSIONS or parser.should_upgrade():
             raise _NotHttpError
         target = self._target
         if not target.startswith(b"/"):

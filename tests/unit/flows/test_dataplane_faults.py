@@ -69,6 +69,7 @@ class Hooks:
         self.facts: list[tuple[bool, str]] = []
 
     def record(self, event: AuditEvent, size: int) -> asyncio.Future[Any]:
+        assert size > 0
         if self.refusal:
             raise self.refusal
         self.recorded.append(event)
