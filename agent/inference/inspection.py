@@ -35,7 +35,7 @@ async def inspect(zygote: Zygote, package: Package, deadline_s: float = DEADLINE
     """Have a package inspected by a process of its own (the agent's side).
 
     Args:
-        zygote: has preloaded :mod:`agent.inference.inspector`.
+        zygote: may have preloaded :mod:`agent.inference.inspector`; else each inspector imports it, before its sandbox.
         package: verified already; it keeps its descriptors.
         deadline_s: after it the inspector is killed and the model refused.
 
