@@ -36,9 +36,9 @@ def test_the_agent_does_not_load_what_only_other_processes_run(agent_modules, na
     assert name not in agent_modules
 
 
-@pytest.mark.parametrize("name", ["agent.inference.inspector", "onnx", "google.protobuf"])
-def test_the_zygote_does_not_load_what_only_an_inspector_runs(zygote_modules, name):
-    """An inspector is there for a moment; the others would carry the graph parser all the time."""
+@pytest.mark.parametrize("name", ["agent.inference.inspector", "onnx", "google.protobuf", "opa_client", "requests"])
+def test_the_zygote_does_not_load_what_few_children_run(zygote_modules, name):
+    """The graph parser and the OPA client are imported where they are used; all other children would carry them."""
     assert name not in zygote_modules
 
 
