@@ -23,6 +23,7 @@ from agent.gateway.oip import encode_infer_response, parse_infer_request
 from agent.guard.admission import Admission, Limit
 from agent.guard.filters import dct_low_pass, jpeg, median3
 from agent.guard.images import decode_images
+from agent.guard.profiles import validate_sanitizer
 from agent.guard.sanitize import PixelScale, compile_profile, new_generator
 from agent.identity.peer import PeerVerifier
 from agent.identity.token import TokenVerifier
@@ -117,7 +118,9 @@ def images() -> None:
     show("DCT low-pass 6 of 8, here", lambda: low_pass(pixels))
     scale = PixelScale("NCHW", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     tensor = scale.to_tensor(pixels[np.newaxis], np.dtype(np.float32))
-    profile = compile_profile("image-default", [{"step": "jpeg", "quality": 75}, {"step": "median", "size": 3}])
+    profile = compile_profile(
+        validate_sanitizer("image-default", [{"step": "jpeg", "quality": 75}, {"step": "median", "size": 3}])
+    )
     generator = new_generator()
     show("image-default on pixels", lambda: profile.picture(pixels, generator))
     show("image-default on a normalized tensor", lambda: profile.picture_tensor(tensor, "x", scale, generator))

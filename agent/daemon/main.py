@@ -64,11 +64,11 @@ from agent.records import AuditEvent, JsonValue
 
 __all__ = ["PRELOAD", "run"]
 
-# What children import, and what libraries would import later, when there is no file system any more.
+# What children import, and what libraries would import later, when there is no file system any more. Not the inspector, which is there for a
+# moment: it imports its own in a tenth of a second, before its sandbox, and no other process carries it.
 PRELOAD: Final = (
     "agent.gateway.entry",
     "agent.policy.worker",
-    "agent.inference.inspector",
     "cryptography.hazmat.backends.openssl.backend",
     "encodings.idna",
 )

@@ -30,7 +30,7 @@ from agent.attest.measurement import policy_entry
 from agent.errors import EdgeWardenError, HostError, PolicyError, VerificationError
 from agent.flows.dataplane import Dataplane
 from agent.flows.models import ModelHooks
-from agent.flows.policy_data import AREAS, PolicyData
+from agent.flows.policy_document import AREAS, PolicyDocument
 from agent.isolation.memfd import seal_bytes
 from agent.policy.bundle import MAX_BUNDLE_BYTES, Bundle
 from agent.policy.last_good import LAST_GOOD_FILE, commit, load_last_good, stage
@@ -196,11 +196,11 @@ def _read(path: Path) -> bytes | None:
 
 
 def _native(data: bytes, trusted: Sequence[bytes]) -> bytes:
-    """Return the areas of a bundle's data that the gateway enforces, once it is known that they compile."""
+    """Return the areas of a bundle's data that the gateway enforces, once they are validated."""
     bundle = Bundle.from_bytes(data, trusted)
     missing = [area for area in AREAS if area not in bundle.data]
     if missing:
         raise PolicyError(f"the bundle has no data.{missing[0]}")
     document = msgspec.json.encode({area: bundle.data[area] for area in AREAS})
-    PolicyData.parse(document)
+    PolicyDocument.parse(document)
     return document

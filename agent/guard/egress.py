@@ -1,4 +1,4 @@
-"""Output profiles of the policy's data: how much of a model's answer leaves the node.
+"""Output profiles, applied: how much of a model's answer leaves the node.
 
 Rules:
 
@@ -23,11 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from agent.errors import PolicyError
+from agent.guard.profiles import OutputSpec
 
-__all__ = ["MAX_DECIMALS", "MAX_TOP_K", "OutputProfile", "compile_output", "compile_outputs"]
+__all__ = ["OutputProfile"]
 
-MAX_TOP_K = 1000
-MAX_DECIMALS = 15
 _EXACT = 2.0**53  # up to here a double holds every integer
 
 Tensor: TypeAlias = npt.NDArray[Any]
@@ -35,12 +34,14 @@ Tensor: TypeAlias = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class OutputProfile:
-    """A compiled profile; use :func:`compile_output`. None of its members set: everything leaves as it is."""
+    """A validated profile, and what it does to outputs."""
 
-    name: str
-    top_k: int | None = None
-    decimals: int | None = None
-    labels_only: bool = False
+    spec: OutputSpec
+
+    @property
+    def name(self) -> str:
+        """Its name in the policy's data."""
+        return self.spec.name
 
     def apply(self, outputs: Mapping[str, Tensor], labels: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Return what may leave.
@@ -52,10 +53,10 @@ class OutputProfile:
         Raises:
             PolicyError: the profile wants classes, and no output has them.
         """
-        if self.top_k is None:
+        if self.spec.top_k is None:
             return {name: self._rounded(tensor) for name, tensor in outputs.items()}
         best = {
-            name: self._best(tensor, self.top_k, labels)
+            name: self._best(tensor, self.spec.top_k, labels)
             for name, tensor in outputs.items()
             if tensor.dtype.kind == "f"
             and tensor.ndim
@@ -66,14 +67,14 @@ class OutputProfile:
         return best
 
     def _rounded(self, tensor: Tensor) -> Tensor:
-        if self.decimals is None or tensor.dtype.kind != "f":
+        if self.spec.decimals is None or tensor.dtype.kind != "f":
             return tensor
         # In double precision, so that the nearest short decimal is found; then back to the output's own type. A value past
         # the last decimal that the precision holds has nothing to round, and would overflow on the way.
         values = tensor.astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):
-            rounded = np.round(values, self.decimals)
-        return np.where(np.abs(values) < _EXACT / 10**self.decimals, rounded, values).astype(tensor.dtype)
+            rounded = np.round(values, self.spec.decimals)
+        return np.where(np.abs(values) < _EXACT / 10**self.spec.decimals, rounded, values).astype(tensor.dtype)
 
     def _best(self, tensor: Tensor, count: int, labels: Sequence[str] | None) -> Tensor:
         order = np.argsort(-tensor, axis=-1, kind="stable")[..., :count]
@@ -83,41 +84,7 @@ class OutputProfile:
 
     def _text(self, score: Any, index: int, labels: Sequence[str] | None) -> bytes:  # noqa: ANN401 -- a numpy scalar
         label = labels[index] if labels else ""
-        if self.labels_only:
+        if self.spec.labels_only:
             return (label or str(index)).encode()
-        number = str(score) if self.decimals is None else f"{score:.{self.decimals}f}"
+        number = str(score) if self.spec.decimals is None else f"{score:.{self.spec.decimals}f}"
         return (f"{number}:{index}:{label}" if label else f"{number}:{index}").encode()
-
-
-def compile_outputs(profiles: Mapping[str, Any]) -> dict[str, OutputProfile]:
-    """Compile ``data.outputs.profiles``: name to ``{description, top_k, decimals, labels_only}``, all optional.
-
-    Raises:
-        PolicyError: names the profile and what is wrong.
-    """
-    return {name: compile_output(name, profile) for name, profile in profiles.items()}
-
-
-def compile_output(name: str, profile: Any) -> OutputProfile:  # noqa: ANN401 -- it is checked here
-    """Compile one profile.
-
-    Raises:
-        PolicyError: names the profile and what is wrong.
-    """
-    where = f"output profile {name!r}"
-    if not isinstance(profile, Mapping) or not profile.keys() <= {"description", "top_k", "decimals", "labels_only"}:
-        raise PolicyError(f"{where}: may have description, top_k, decimals and labels_only only")
-    labels_only = profile.get("labels_only", False)
-    if not isinstance(labels_only, bool):
-        raise PolicyError(f"{where}: labels_only must be a boolean")
-    top_k = _integer(profile, "top_k", 1, MAX_TOP_K, where)
-    if labels_only and top_k is None:
-        top_k = 1
-    return OutputProfile(name, top_k, _integer(profile, "decimals", 0, MAX_DECIMALS, where), labels_only)
-
-
-def _integer(profile: Mapping[str, Any], name: str, low: int, high: int, where: str) -> int | None:
-    value = profile.get(name)
-    if name in profile and (type(value) is not int or not low <= value <= high):
-        raise PolicyError(f"{where}: {name} must be an integer from {low} to {high}")
-    return value

@@ -1,10 +1,8 @@
-"""Sanitizer profiles of the policy's data, compiled once and applied to a model's inputs.
+"""Sanitizer profiles, compiled once and applied to a model's inputs.
 
 Rules:
 
-1. A profile is a list of at most :data:`MAX_STEPS` steps, each with exactly its own members: ``finite``, ``clamp`` (for
-   numbers), then ``dct``, ``median``, ``jpeg`` (for pictures). What is unknown, out of range or out of this order is a
-   PolicyError when the policy is activated, never a surprise during a request.
+1. A profile comes validated (``profiles``); here each of its steps becomes a function on arrays.
 2. Decoded pictures get the picture steps: their values are finite and in range by nature. Tensors get the number steps; a
    profile with picture steps on a model that takes no pictures is a PolicyError: what was asked for can't be done.
 3. A picture that a client sends as an already normalized tensor is brought back to pixels (:class:`PixelScale`),
@@ -20,7 +18,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -31,18 +29,18 @@ from agent.clock import monotonic_us
 from agent.errors import PeerError, PolicyError
 from agent.guard.filters import dct_low_pass, jpeg, median3
 from agent.guard.images import Pixels
+from agent.guard.profiles import Clamp, Dct, Finite, Jpeg, Median, PictureStep, SanitizerSpec, TensorStep
 
-__all__ = ["MAX_STEPS", "PixelScale", "Profile", "Sanitized", "compile_profile", "compile_profiles", "new_generator"]
+__all__ = ["PixelScale", "Profile", "Sanitized", "compile_profile", "new_generator"]
 
-MAX_STEPS = 16
 MAX_SIDE = 8192  # pixels of a picture sent as a tensor; JPEG itself ends at 65,535
 
 Tensor: TypeAlias = npt.NDArray[Any]
 Range: TypeAlias = tuple[float | None, float | None]
 # Grey in is grey out: JPEG keeps neutral colors neutral, so that any of the three channels is the grey one.
 _CHANNELS = {"RGB": slice(None), "BGR": slice(None, None, -1), "GRAY": slice(1)}
-_PictureStep: TypeAlias = Callable[[Pixels, np.random.Generator], Pixels]
-_TensorStep: TypeAlias = Callable[[Tensor, Range, str], Tensor]
+_PictureFunction: TypeAlias = Callable[[Pixels, np.random.Generator], Pixels]
+_TensorFunction: TypeAlias = Callable[[Tensor, Range, str], Tensor]
 
 
 def new_generator() -> np.random.Generator:
@@ -126,8 +124,8 @@ class Profile:
     """A compiled profile; use :func:`compile_profile`."""
 
     name: str
-    tensor_steps: tuple[tuple[str, _TensorStep], ...]
-    picture_steps: tuple[tuple[str, _PictureStep], ...]
+    tensor_steps: tuple[tuple[str, _TensorFunction], ...]
+    picture_steps: tuple[tuple[str, _PictureFunction], ...]
 
     def picture(self, pixels: Pixels, generator: np.random.Generator) -> Sanitized:
         """Sanitize one decoded picture ``[height, width, 3]``, uint8, RGB."""
@@ -187,83 +185,37 @@ class Profile:
 # --- compiling
 
 
-def compile_profiles(profiles: Mapping[str, Any]) -> dict[str, Profile]:
-    """Compile ``data.sanitizers.profiles``: name to ``{description, steps}``.
-
-    Raises:
-        PolicyError: names the profile, the step and what is wrong.
-    """
-    compiled: dict[str, Profile] = {}
-    for name, profile in profiles.items():
-        if not isinstance(profile, Mapping) or not {"steps"} <= profile.keys() <= {"steps", "description"}:
-            raise PolicyError(f"sanitizer {name!r}: must have steps, and may have a description")
-        compiled[name] = compile_profile(name, profile["steps"])
-    return compiled
+def compile_profile(spec: SanitizerSpec) -> Profile:
+    """Turn a validated profile into functions."""
+    return Profile(
+        spec.name,
+        tuple(_tensor_function(step) for step in spec.tensor_steps),
+        tuple(_picture_function(step) for step in spec.picture_steps),
+    )
 
 
-def compile_profile(name: str, steps: Sequence[Any]) -> Profile:
-    """Compile a list of steps.
-
-    Raises:
-        PolicyError: names the profile, the step and what is wrong.
-    """
-    if not isinstance(steps, list | tuple) or len(steps) > MAX_STEPS:
-        raise PolicyError(f"sanitizer {name!r}: steps must be a list of at most {MAX_STEPS}")
-    tensor_steps: list[tuple[str, _TensorStep]] = []
-    picture_steps: list[tuple[str, _PictureStep]] = []
-    for index, step in enumerate(steps):
-        where = f"sanitizer {name!r}: steps[{index}]"
-        if not isinstance(step, Mapping):
-            raise PolicyError(f"{where}: must be an object")
-        options = {key: value for key, value in step.items() if key != "step"}
-        match step.get("step"):
-            case "finite" | "clamp" if picture_steps:
-                raise PolicyError(f"{where}: steps for numbers stand before steps for pictures")
-            case "finite":
-                _members(options, set(), where)
-                tensor_steps.append(("finite", _finite))
-            case "clamp":
-                tensor_steps.append(("clamp", _clamp(options, where)))
-            case "dct":
-                _members(options, {"keep"}, where)
-                low_pass = dct_low_pass(_integer(options, "keep", 1, 8, where))
-                picture_steps.append(("dct", _fixed(low_pass)))
-            case "median":
-                _members(options, {"size"}, where)
-                _integer(options, "size", 3, 3, where)
-                picture_steps.append(("median", _fixed(median3)))
-            case "jpeg":
-                picture_steps.append(("jpeg", _jpeg(options, where)))
-            case _:
-                raise PolicyError(f"{where}: unknown step; known are finite, clamp, dct, median and jpeg")
-    return Profile(name, tuple(tensor_steps), tuple(picture_steps))
+def _tensor_function(step: TensorStep) -> tuple[str, _TensorFunction]:
+    match step:
+        case Finite():
+            return "finite", _finite
+        case Clamp(low, high):
+            return "clamp", _clamp(low, high)
 
 
-def _members(options: Mapping[str, Any], names: set[str], where: str) -> None:
-    if options.keys() != names:
-        raise PolicyError(f"{where}: must have exactly the members {sorted({'step', *names})}")
+def _picture_function(step: PictureStep) -> tuple[str, _PictureFunction]:
+    match step:
+        case Dct(keep):
+            return "dct", _fixed(dct_low_pass(keep))
+        case Median():
+            return "median", _fixed(median3)
+        case Jpeg(low, high) if low == high:
+            return "jpeg", lambda pixels, _: jpeg(pixels, low)
+        case Jpeg(low, high):
+            return "jpeg", lambda pixels, generator: jpeg(pixels, int(generator.integers(low, high, endpoint=True)))
 
 
-def _integer(options: Mapping[str, Any], name: str, low: int, high: int, where: str) -> int:
-    value = options[name]
-    if type(value) is not int or not low <= value <= high:
-        raise PolicyError(f"{where}: {name} must be an integer from {low} to {high}")
-    return value
-
-
-def _fixed(function: Callable[[Pixels], Pixels]) -> _PictureStep:
+def _fixed(function: Callable[[Pixels], Pixels]) -> _PictureFunction:
     return lambda pixels, _: function(pixels)
-
-
-def _jpeg(options: Mapping[str, Any], where: str) -> _PictureStep:
-    if "quality" in options:
-        _members(options, {"quality"}, where)
-        quality = _integer(options, "quality", 1, 100, where)
-        return lambda pixels, _: jpeg(pixels, quality)
-    _members(options, {"quality_min", "quality_max"}, where)
-    low = _integer(options, "quality_min", 1, 100, where)
-    high = _integer(options, "quality_max", low, 100, where)
-    return lambda pixels, generator: jpeg(pixels, int(generator.integers(low, high, endpoint=True)))
 
 
 def _finite(tensor: Tensor, _: Range, where: str) -> Tensor:
@@ -272,18 +224,7 @@ def _finite(tensor: Tensor, _: Range, where: str) -> Tensor:
     return tensor
 
 
-def _clamp(options: Mapping[str, Any], where: str) -> _TensorStep:
-    _members(options, {"low", "high"}, where)
-    bounds = options["low"], options["high"]
-    for bound in bounds:
-        if bound is not None and (
-            isinstance(bound, bool) or not isinstance(bound, int | float) or not math.isfinite(bound)
-        ):
-            raise PolicyError(f"{where}: low and high must be finite numbers, or null for the manifest's")
-    own_low, own_high = bounds
-    if own_low is not None and own_high is not None and own_low > own_high:
-        raise PolicyError(f"{where}: low is greater than high")
-
+def _clamp(own_low: float | None, own_high: float | None) -> _TensorFunction:
     def clamp(tensor: Tensor, value_range: Range, _: str) -> Tensor:
         low = value_range[0] if own_low is None else own_low
         high = value_range[1] if own_high is None else own_high

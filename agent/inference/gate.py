@@ -22,9 +22,9 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from agent.errors import VerificationError
-from agent.inference.inspection import GateReport
 from agent.inference.manifest import ModelManifest
 from agent.inference.operators import ALLOWED_DOMAINS, ALLOWED_OPERATORS, MAX_OPSET
+from agent.inference.report import GateReport
 from agent.inference.weights import Weights, text
 from agent.records import TensorSpec
 

@@ -16,12 +16,12 @@ import msgspec
 from agent.errors import IsolationError, VerificationError
 from agent.inference.handover import handover_frames
 from agent.inference.package import Package
+from agent.inference.report import InspectionReport, Refusal
 from agent.isolation.channel import AsyncChannel, Frame
 from agent.isolation.sandbox import Limits, Profile
 from agent.isolation.supervisor import ChildSpec, Zygote
-from agent.records import TensorSpec
 
-__all__ = ["DEADLINE_S", "ENTRY", "GateReport", "InspectionReport", "Refusal", "inspect"]
+__all__ = ["DEADLINE_S", "ENTRY", "inspect"]
 
 ENTRY = "agent.inference.inspector:main"
 DEADLINE_S = 120.0
@@ -31,54 +31,11 @@ _COPIES = 4  # of the package's bytes: parsed graph, runtime's copy, its optimiz
 _OPEN_FILES = 640  # a descriptor for each file, and the one that its mapping holds
 
 
-class GateReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the gate saw in a model that passed.
-
-    Attributes:
-        ir_version: of the ONNX format.
-        opsets: domain to version; ``ai.onnx`` is the empty domain.
-        nodes: of all graphs, with the functions' bodies in place of their calls.
-        parameters: elements of all initializers.
-        operators: ``domain:name`` to how often it stands in the file.
-        external: files with external data.
-    """
-
-    ir_version: int
-    opsets: dict[str, int]
-    nodes: int
-    parameters: int
-    operators: dict[str, int]
-    external: tuple[str, ...]
-
-
-class InspectionReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="passed"):
-    """A model that passed.
-
-    Attributes:
-        gate: what the structural gate saw; ``gate.external`` are the files that the session needs.
-        outputs: names, datatypes and shapes that the trial run gave.
-        load_us: time to make a session.
-        run_us: time of the trial run, a cold one.
-    """
-
-    gate: GateReport
-    outputs: tuple[TensorSpec, ...]
-    load_us: int
-    run_us: int
-
-
-class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refused"):
-    """A model that did not pass: the first check that failed."""
-
-    check: str
-    message: str
-
-
 async def inspect(zygote: Zygote, package: Package, deadline_s: float = DEADLINE_S) -> InspectionReport:
     """Have a package inspected by a process of its own (the agent's side).
 
     Args:
-        zygote: has preloaded :mod:`agent.inference.inspector`.
+        zygote: may have preloaded :mod:`agent.inference.inspector`; else each inspector imports it, before its sandbox.
         package: verified already; it keeps its descriptors.
         deadline_s: after it the inspector is killed and the model refused.
 

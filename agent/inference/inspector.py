@@ -13,9 +13,9 @@ import numpy as np
 from agent.errors import EdgeWardenError, VerificationError
 from agent.inference.gate import check_model
 from agent.inference.handover import IncomingFiles
-from agent.inference.inspection import InspectionReport, Refusal
 from agent.inference.manifest import MANIFEST_FILE, ModelManifest, Range, TensorModality, parse_labels, parse_manifest
 from agent.inference.package import MODEL_FILE
+from agent.inference.report import InspectionReport, Refusal
 from agent.inference.session import Session
 from agent.inference.tensors import DATATYPES, Tensor
 from agent.isolation.channel import Channel

@@ -15,7 +15,8 @@ import functools
 import gc
 import socket
 import time
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -27,7 +28,6 @@ from agent.policy.bundle import Bundle
 from agent.policy.embedded import EmbeddedEngine
 from agent.policy.engine import Engine
 from agent.policy.messages import Answer, Stamp, pack_answer, unpack_question
-from agent.policy.opa import OpaEngine, check_bundle
 from agent.policy.signature import load_crypto
 from agent.policy.template import Forked, Loaded, OpaAccess, Refused, Report, TemplateArgs
 
@@ -35,6 +35,9 @@ __all__ = ["Forked", "Loaded", "Refused", "Report", "TemplateArgs", "serve", "te
 
 _FRAME_HEADER_BYTES = 4
 _WORKER_FDS = 2
+
+_Make: TypeAlias = Callable[[Bundle], Engine]
+_Renew: TypeAlias = Callable[[Engine], Engine]
 
 
 _BLAME: dict[type[Exception], Literal["policy", "verification", "config", "isolation"]] = {
@@ -50,10 +53,11 @@ def template(child: Child) -> None:
     args = msgspec.convert(child.args, TemplateArgs)
     if args.trusted_keys:
         load_crypto()
+    make, renew = _engines(args.opa)
     child.enter_sandbox()
     channel = Channel(child.channel)
     try:
-        engine, loaded = _load(child.fds["bundle"], args)
+        engine, loaded = _load(child.fds["bundle"], args, make)
     except (PolicyError, VerificationError, ConfigError, IsolationError) as error:
         _report(channel, Refused(_BLAME[type(error)], str(error)))
         return
@@ -62,15 +66,27 @@ def template(child: Child) -> None:
     gc.freeze()  # workers share these pages as long as nobody writes to them
     while (frames := channel.receive()) is not None:
         for frame in frames:
-            _report(channel, _fork(engine, frame, args.opa))
+            _report(channel, _fork(engine, renew, frame, args.opa))
 
 
-def _load(fd: int, args: TemplateArgs) -> tuple[Engine, Loaded]:
+def _engines(opa: OpaAccess | None) -> tuple[_Make, _Renew]:
+    """Return what makes the template's engine of a bundle, and what makes a worker's own of that."""
+    if opa is None:
+        return EmbeddedEngine, lambda engine: engine
+    from agent.policy.opa import OpaEngine, check_bundle  # noqa: PLC0415 -- only where OPA decides a process carries its HTTP client
+
+    def make(bundle: Bundle) -> Engine:
+        check_bundle(bundle)
+        return OpaEngine(opa)
+
+    # Two processes cannot share a connection to OPA.
+    return make, lambda _: OpaEngine(opa)
+
+
+def _load(fd: int, args: TemplateArgs, make: _Make) -> tuple[Engine, Loaded]:
     """Build the engine; what the bundle took besides is free again when this returns."""
     bundle = Bundle.from_bytes(bytes(map_sealed(fd)), [key.encode() for key in args.trusted_keys])
-    if args.opa is not None:
-        check_bundle(bundle)
-    engine = EmbeddedEngine(bundle) if args.opa is None else OpaEngine(args.opa)
+    engine = make(bundle)
     engine.check()
     return engine, Loaded(bundle.revision, bundle.sha256, engine.request_reads)
 
@@ -79,12 +95,12 @@ def _report(channel: Channel, report: Report) -> None:
     channel.send(msgspec.json.encode(report))
 
 
-def _fork(engine: Engine, frame: Frame, opa: OpaAccess | None) -> Report:
+def _fork(engine: Engine, renew: _Renew, frame: Frame, opa: OpaAccess | None) -> Report:
     try:
         if len(frame.fds) != _WORKER_FDS:
             raise IsolationError(f"a worker has {_WORKER_FDS} descriptors, not {len(frame.fds)}")
         sock_fd, stamp_fd = frame.fds
-        run = functools.partial(_work, engine, opa, sock_fd, stamp_fd)
+        run = functools.partial(_work, engine, renew, sock_fd, stamp_fd)
         return Forked(fork_worker(run, keep=frame.fds, connect_port=None if opa is None else opa.port))
     except IsolationError as error:
         return Refused("isolation", str(error))
@@ -92,9 +108,8 @@ def _fork(engine: Engine, frame: Frame, opa: OpaAccess | None) -> Report:
         frame.close_fds()
 
 
-def _work(engine: Engine, opa: OpaAccess | None, sock_fd: int, stamp_fd: int) -> None:
-    # Two processes cannot share a connection to OPA.
-    own = engine if opa is None else OpaEngine(opa)
+def _work(engine: Engine, renew: _Renew, sock_fd: int, stamp_fd: int) -> None:
+    own = renew(engine)
     # Its kind is told, for a worker may not ask the kernel.
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, sock_fd) as sock:
         serve(own, Channel(sock), Stamp(stamp_fd, write=True))

@@ -7,6 +7,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 
 from agent.cli.model import command
+from agent.daemon.main import PRELOAD
 from agent.errors import VerificationError
 from agent.inference.inspection import inspect
 from agent.inference.package import read_package
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def zygote():
-    zygote = Zygote.start(["agent.inference.inspector"], sandbox_required=False)
+    zygote = Zygote.start(PRELOAD, sandbox_required=False)
     yield zygote
     zygote.close()
 

@@ -18,7 +18,7 @@ import msgspec
 
 from agent import messages
 from agent.flows.dataplane import MAX_FILES_A_MESSAGE
-from agent.flows.policy_data import AREAS
+from agent.flows.policy_document import AREAS
 from agent.gateway.entry import _tls
 from agent.gateway.service import Gateway
 from agent.identity.token import TokenVerifier

@@ -8,6 +8,7 @@ import numpy as np
 from agent.errors import PeerError
 from agent.gateway.oip import parse_infer_request
 from agent.guard.images import decode_images
+from agent.guard.profiles import validate_sanitizer
 from agent.guard.sanitize import compile_profile
 from agent.identity.peer import PeerVerifier
 from agent.identity.token import TokenVerifier
@@ -23,7 +24,7 @@ STEPS = (
 
 def work(body: bytes, header_length: int, certificate: bytes, jwks: bytes, token: str) -> dict[str, object]:
     """Do once what a gateway does with a request that holds images, and say what came out."""
-    profile = compile_profile("all", STEPS)
+    profile = compile_profile(validate_sanitizer("all", STEPS))
     generator = np.random.default_rng(7)
     try:
         images = list(parse_infer_request(body, header_length).inputs["x"].flat)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import PolicyError
-from agent.flows.policy_data import AREAS, PolicyData
+from agent.flows.policy_data import PolicyData
+from agent.flows.policy_document import AREAS
 from agent.inference.manifest import ImageModality, ModelManifest
 from agent.records import Principal
 

@@ -8,17 +8,19 @@ from PIL import Image
 
 from agent.errors import PeerError, PolicyError
 from agent.flows.sanitizing import sanitize_inputs
-from agent.guard.sanitize import compile_profiles
+from agent.guard.profiles import validate_sanitizers
+from agent.guard.sanitize import compile_profile
 from agent.inference.manifest import ImageModality, ModelManifest, Range, TensorModality
 from agent.records import TensorSpec
 
-PROFILES = compile_profiles(
+_SPECS = validate_sanitizers(
     {
         "picture": {"steps": [{"step": "jpeg", "quality": 75}, {"step": "median", "size": 3}]},
         "numbers": {"steps": [{"step": "finite"}, {"step": "clamp", "low": None, "high": None}]},
         "none": {"steps": []},
     }
 )
+PROFILES = {name: compile_profile(spec) for name, spec in _SPECS.items()}
 PICTURE = ModelManifest(
     "m",
     "1",

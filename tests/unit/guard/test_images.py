@@ -279,9 +279,10 @@ def test_arbitrary_bytes_are_no_image(magic, data):
 _WITHOUT_FILES = """
     from agent.errors import PeerError
     from agent.guard.images import decode_images
+    from agent.guard.profiles import validate_sanitizer
     from agent.guard.sanitize import compile_profile, new_generator
     steps = [{"step": "dct", "keep": 5}, {"step": "median", "size": 3}, {"step": "jpeg", "quality_min": 60, "quality_max": 90}]
-    profile, generator = compile_profile("all", steps), new_generator()
+    profile, generator = compile_profile(validate_sanitizer("all", steps)), new_generator()
 
     def hook(event, arguments):
         if event in {"open", "import", "os.listdir", "os.scandir", "tempfile.mkstemp", "subprocess.Popen"}:

@@ -1,4 +1,4 @@
-"""Profiles: compiled strictly, applied in order, to pictures and to numbers."""
+"""Sanitizer profiles, applied in order, to pictures and to numbers."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,8 @@ from hypothesis.extra import numpy as hnp
 
 from agent.errors import PeerError, PolicyError
 from agent.guard.filters import dct_low_pass, jpeg, median3
-from agent.guard.sanitize import PixelScale, compile_profile, compile_profiles, new_generator
+from agent.guard.profiles import validate_sanitizer
+from agent.guard.sanitize import PixelScale, compile_profile, new_generator
 from tests.support.outcome import value_or_refusal
 
 _IMAGE = np.random.default_rng(5).integers(0, 256, (16, 24, 3)).astype(np.uint8)
@@ -21,25 +22,11 @@ _SCALES = [
 
 
 def _compile(*steps):
-    return compile_profile("test", steps)
+    return compile_profile(validate_sanitizer("test", steps))
 
 
 def _generator(seed=1):
     return np.random.default_rng(seed)
-
-
-def test_the_shipped_profiles_compile():
-    """The vocabulary of the policy's data is all here."""
-    profiles = compile_profiles(
-        {
-            "image-default": {"steps": [{"step": "jpeg", "quality": 75}, {"step": "median", "size": 3}]},
-            "image-randomized-jpeg": {"steps": [{"step": "jpeg", "quality_min": 60, "quality_max": 90}]},
-            "image-dct": {"description": "x", "steps": [{"step": "dct", "keep": 6}, {"step": "jpeg", "quality": 75}]},
-            "tensor-default": {"steps": [{"step": "finite"}, {"step": "clamp", "low": None, "high": None}]},
-            "none": {"steps": []},
-        }
-    )
-    assert profiles["image-default"].name == "image-default"
 
 
 def test_steps_run_in_the_order_of_the_profile():
@@ -214,55 +201,3 @@ def test_a_profile_for_pictures_does_not_fit_numbers():
     """The request is denied rather than passed without its sanitizer."""
     with pytest.raises(PolicyError, match="pictures"):
         _compile({"step": "jpeg", "quality": 75}).tensor(np.zeros(3), "x")
-
-
-# --- compiling
-
-
-@pytest.mark.parametrize(
-    "steps",
-    [
-        None,
-        "jpeg",
-        {},
-        [1],
-        ["jpeg"],
-        [{}],
-        [{"step": None}],
-        [{"step": "blur"}],
-        [{"step": ["jpeg"]}],
-        [{"step": "finite", "low": 1}],
-        [{"step": "jpeg"}],
-        [{"step": "jpeg", "quality": 0}],
-        [{"step": "jpeg", "quality": 101}],
-        [{"step": "jpeg", "quality": 75.0}],
-        [{"step": "jpeg", "quality": True}],
-        [{"step": "jpeg", "quality": 75, "quality_min": 60}],
-        [{"step": "jpeg", "quality_min": 60}],
-        [{"step": "jpeg", "quality_min": 60, "quality_max": 59}],
-        [{"step": "median"}],
-        [{"step": "median", "size": 5}],
-        [{"step": "dct", "keep": 0}],
-        [{"step": "dct", "keep": 9}],
-        [{"step": "dct", "keep": "6"}],
-        [{"step": "clamp"}],
-        [{"step": "clamp", "low": 0}],
-        [{"step": "clamp", "low": 1, "high": 0}],
-        [{"step": "clamp", "low": "0", "high": 1}],
-        [{"step": "clamp", "low": float("nan"), "high": 1}],
-        [{"step": "clamp", "low": True, "high": 1}],
-        [{"step": "median", "size": 3}, {"step": "finite"}],
-        [{"step": "finite"}] * 17,
-    ],
-)
-def test_a_profile_that_is_not_exactly_right_is_a_policy_error(steps):
-    """The policy is refused when it is activated, with the profile's name."""
-    with pytest.raises(PolicyError, match="'bad'"):
-        compile_profiles({"bad": {"steps": steps}})
-
-
-@pytest.mark.parametrize("profile", [None, [], {}, {"description": "x"}, {"steps": [], "extra": 1}])
-def test_a_profile_has_steps_and_nothing_unknown(profile):
-    """So that a misspelt member is not silently without effect."""
-    with pytest.raises(PolicyError, match="'bad'"):
-        compile_profiles({"bad": profile})
