@@ -90,18 +90,21 @@ def run(settings: Settings, environment: Environment) -> None:
     """
     lock = lock_state(Path(settings.node.state_dir))
     listeners = bind_listeners(settings)
+    failure: BaseException | None = None
     try:
         # Before any secret is opened; blocks until everything is imported.
         zygote = Zygote.start(PRELOAD, user=child_user(settings), sandbox_required=settings.sandbox.required)
         try:
             uvloop.run(_Agent(settings, environment, listeners, zygote).run())
         except* EdgeWardenError as group:
-            raise _first(group) from None
+            failure = _first(group)  # raised below: before Python 3.11.4 what is raised here gets a group around it
         finally:
             zygote.close()
     finally:
         listeners.close()
         os.close(lock)
+    if failure is not None:
+        raise failure from None
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -19,7 +19,7 @@ import asyncio
 import functools
 import urllib.parse
 from collections import deque
-from collections.abc import Coroutine, Generator
+from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Final, Protocol
 
@@ -252,8 +252,7 @@ class Connection(asyncio.Protocol):
         self._headers: dict[bytes, bytes] = {}
         self._header_count = self._header_bytes = 0
         self._head_bytes = 0
-        self._in_head = False
-        self._head_fresh = False
+        self._in_head = self._head_fresh = self._head_alone = False
         self._receiving: Request | None = None
         self._task: asyncio.Task[Response] | None = None
         self.transport: asyncio.Transport | None = None
@@ -286,6 +285,7 @@ class Connection(asyncio.Protocol):
         """Read on."""
         if self._closing or self._broken:
             return
+        self._head_alone = self._receiving is None and not self._in_head
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
@@ -299,7 +299,7 @@ class Connection(asyncio.Protocol):
         self.flow()
 
     def _count_head(self, size: int) -> None:
-        """Count what came of a head that is not complete; the first part of it, up to what the transport reads at once, is not counted."""
+        """Count what came of a head that is not complete; a first part that came with the end of another message is not counted."""
         if self._in_head:
             self._head_bytes += 0 if self._head_fresh else size
             self._head_fresh = False
@@ -324,7 +324,7 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """A head begins."""
         self._target, self._headers, self._header_count, self._header_bytes = b"", {}, 0, 0
-        self._head_bytes, self._in_head, self._head_fresh = 0, True, True
+        self._head_bytes, self._in_head, self._head_fresh = 0, True, not self._head_alone
         if not self._busy:
             self.waits_since, self.head_begun = self._loop.time(), True
 
@@ -370,6 +370,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """The body is complete."""
+        self._head_alone = False
         if self._receiving is not None:
             self._receiving.end()
             self._receiving = None
@@ -420,22 +421,28 @@ class Connection(asyncio.Protocol):
             self._busy = True
             self.waits_since = None
             handling = self._server.handle(request)
-            if request.complete:
-                waits_for: Any = _FAILED
-                with _Fault(self, request):
-                    waits_for = _begin(handling)
-                if waits_for is _FAILED:
-                    continue
-                if isinstance(waits_for, Response):
-                    self._answer(request, waits_for)
-                    continue
-                handling = _go_on(handling, waits_for)
-            self._task = self._loop.create_task(handling)
-            self._task.add_done_callback(functools.partial(self._done, request))
-            return
+            if not request.complete:
+                self._go_on(request, handling)
+                return
+            waits_for: Any = _FAILED
+            with _Fault(self, request):
+                waits_for = _begin(handling)
+            if isinstance(waits_for, Response):
+                self._answer(request, waits_for)
+            elif asyncio.isfuture(waits_for):
+                # Resumed, the coroutine takes the result, or the error, out of what it waits for.
+                waits_for.add_done_callback(functools.partial(self._go_on, request, handling))
+                return
+            elif waits_for is not _FAILED:  # a bare yield
+                self._go_on(request, handling)
+                return
         if self._broken and not self._closing and not self._queue:
             self.send(error_response(_BAD_REQUEST, "this is not HTTP as it is spoken here").encode(keep_alive=False))
             self.close()
+
+    def _go_on(self, request: Request, handling: Coroutine[Any, Any, Response], _: object = None) -> None:
+        self._task = self._loop.create_task(handling)
+        self._task.add_done_callback(functools.partial(self._done, request))
 
     def _done(self, request: Request, task: asyncio.Task[Response]) -> None:
         self._task = None
@@ -500,20 +507,3 @@ def _begin(handling: Coroutine[Any, Any, Response]) -> Any:  # noqa: ANN401 -- a
         return handling.send(None)
     except StopIteration as done:
         return done.value
-
-
-async def _go_on(handling: Coroutine[Any, Any, Response], waits_for: Any) -> Response:  # noqa: ANN401 -- as above
-    """Let a handler that has begun go on once what it waits for is there."""
-    return await _Rest(handling, waits_for)
-
-
-class _Rest:
-    __slots__ = ("_handling", "_waits_for")
-
-    def __init__(self, handling: Coroutine[Any, Any, Response], waits_for: Any) -> None:  # noqa: ANN401 -- as above
-        self._handling = handling
-        self._waits_for = waits_for
-
-    def __await__(self) -> Generator[Any, Any, Response]:
-        yield self._waits_for
-        return (yield from self._handling.__await__())

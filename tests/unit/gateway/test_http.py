@@ -368,6 +368,34 @@ async def test_a_handler_that_fails_after_a_wait_is_500_as_well(pki, caplog):
 
 
 @on_each_loop
+async def test_a_handler_learns_how_what_it_waits_for_ended(pki):
+    """Result, failure and cancellation reach the handler, also when they are what it waits for first."""
+    waits = []
+
+    async def handler(_request):
+        waits.append(asyncio.get_running_loop().create_future())
+        try:
+            return Response(200, await waits[-1])
+        except (PeerError, asyncio.CancelledError) as error:
+            await asyncio.sleep(0)
+            return Response(200, type(error).__name__.encode())
+
+    async with Served(ROOMY, pki, handler) as served:
+        reader, writer = await served.connect()
+        endings = [
+            ("set_result", [b"a result"], b"a result"),
+            ("set_exception", [PeerError(400, "x", "y")], b"PeerError"),
+            ("cancel", [], b"CancelledError"),
+        ]
+        for count, (end, arguments, answer) in enumerate(endings, start=1):
+            writer.write(GET)
+            await served.until(lambda count=count: len(waits) == count)
+            getattr(waits[-1], end)(*arguments)
+            assert (await read_answer(reader))[2] == answer
+        writer.close()
+
+
+@on_each_loop
 async def test_a_shutdown_lets_the_answer_go_out(pki):
     """A connection in work is closed after its answer, an idle one at once."""
     echo = Echo()
