@@ -22,9 +22,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from agent.arrays import all_finite
 from agent.clock import monotonic_us
 from agent.errors import PeerError, PolicyError
 from agent.guard.filters import dct_low_pass, jpeg, median3
@@ -48,8 +50,7 @@ def new_generator() -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(secrets.randbits(128)))
 
 
-@dataclass(frozen=True, slots=True)
-class Sanitized:
+class Sanitized(msgspec.Struct, frozen=True):
     """A sanitized input, and the microseconds of each step by its name."""
 
     value: Tensor
@@ -89,7 +90,7 @@ class PixelScale:
         if batch.dtype != np.uint8:
             if batch.dtype.kind != "f":
                 raise PeerError(400, "image", f"{where}: a picture holds floats or UINT8")
-            if not np.isfinite(batch).all():
+            if not all_finite(batch):
                 raise _not_finite(where)
             scale = np.array(self.std) * 255 / (self.high - self.low)
             bias = (np.array(self.mean) - self.low) * 255 / (self.high - self.low)
@@ -165,10 +166,12 @@ class Profile:
     def _numbers(self, tensor: Tensor, where: str, value_range: Range) -> Sanitized:
         steps_us: dict[str, int] = {}
         if not tensor.dtype.hasobject:
+            mark = monotonic_us()
             for name, step in self.tensor_steps:
-                start = monotonic_us()
                 tensor = step(tensor, value_range, where)
-                steps_us[name] = steps_us.get(name, 0) + monotonic_us() - start
+                now = monotonic_us()
+                steps_us[name] = steps_us.get(name, 0) + now - mark
+                mark = now
         return Sanitized(tensor, steps_us)
 
     def _pictures(
@@ -219,7 +222,7 @@ def _fixed(function: Callable[[Pixels], Pixels]) -> _PictureFunction:
 
 
 def _finite(tensor: Tensor, _: Range, where: str) -> Tensor:
-    if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+    if tensor.dtype.kind == "f" and not all_finite(tensor):
         raise _not_finite(where)
     return tensor
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+from typing import Any
 
 import pytest
 
@@ -382,7 +383,7 @@ async def test_a_handler_learns_how_what_it_waits_for_ended(pki):
 
     async with Served(ROOMY, pki, handler) as served:
         reader, writer = await served.connect()
-        endings = [
+        endings: list[tuple[str, list[Any], bytes]] = [
             ("set_result", [b"a result"], b"a result"),
             ("set_exception", [PeerError(400, "x", "y")], b"PeerError"),
             ("cancel", [], b"CancelledError"),
