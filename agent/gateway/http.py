@@ -293,18 +293,19 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserUpgrade:
             self._break()
         else:
-            self._count_head(len(data))
+            if self._in_head:
+                self._count_head(len(data))
         if not self._busy:
             self._next()
-        self.flow()
+        if self._busy or not self._reading:
+            self.flow()
 
     def _count_head(self, size: int) -> None:
         """Count what came of a head that is not complete; a first part that came with the end of another message is not counted."""
-        if self._in_head:
-            self._head_bytes += 0 if self._head_fresh else size
-            self._head_fresh = False
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._break()
+        self._head_bytes += 0 if self._head_fresh else size
+        self._head_fresh = False
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._break()
 
     def pause_writing(self) -> None:
         """The peer does not read its answers."""

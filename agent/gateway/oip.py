@@ -31,7 +31,7 @@ import numpy as np
 import orjson
 
 from agent.errors import PeerError
-from agent.gateway.tensor_json import tensor_from_json, tensor_to_json
+from agent.gateway.tensor_json import check_finite, tensor_from_json, tensor_to_json
 from agent.inference.tensors import (
     InferRequest,
     InferResponse,
@@ -334,6 +334,10 @@ def encode_infer_response(response: InferResponse, request: InferRequest) -> tup
         document["parameters"] = dict(response.parameters)
     document["outputs"] = outputs
     header = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    if b"null" in header:  # a text, or a number that JSON has no word for
+        for output in outputs:
+            if "data" in output:
+                check_finite(response.outputs[output["name"]], output["name"])
     return (b"".join([header, *binary]), len(header)) if binary else (header, None)
 
 

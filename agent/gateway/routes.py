@@ -92,13 +92,11 @@ class Routes:
         self._max_concurrent = max_concurrent
         self.draining = False
         self.in_work = 0
-        self.idle = asyncio.Event()
-        self.idle.set()
+        self.idle = asyncio.Event()  # set once nothing is in work while draining
 
     async def handle(self, request: Request) -> Response:
         """Answer one HTTP request."""
         self.in_work += 1
-        self.idle.clear()
         try:
             if self.in_work > self._max_concurrent:
                 busy = PeerError(503, "busy", "too many requests are in work", retry_after_s=1.0)
@@ -109,10 +107,16 @@ class Routes:
             response = _refusal(error)
         finally:
             self.in_work -= 1
-            if not self.in_work:
+            if self.draining and not self.in_work:
                 self.idle.set()
         response.close = self.draining
         return response
+
+    def drain(self) -> None:
+        """Let every connection end with its next answer; ``idle`` is set when nothing is in work any more."""
+        self.draining = True
+        if not self.in_work:
+            self.idle.set()
 
     async def _dispatch(self, request: Request) -> Response:
         path = request.path

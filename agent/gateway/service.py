@@ -202,7 +202,7 @@ class Gateway:
         self._report(messages.Ready())
 
     async def _drain(self, timeout_s: float) -> None:
-        self._routes.draining = True
+        self._routes.drain()
         # The agent has the listener too: closing it here would leave clients in its queue until the agent ends.
         with contextlib.suppress(OSError):  # it did not listen yet
             self._listener.shutdown(socket.SHUT_RDWR)

@@ -23,7 +23,7 @@ from agent.arrays import all_finite
 from agent.errors import PeerError
 from agent.inference.tensors import Tensor, dtype_of, element_count
 
-__all__ = ["tensor_from_json", "tensor_to_json"]
+__all__ = ["check_finite", "tensor_from_json", "tensor_to_json"]
 
 _C_FLOATS = frozenset("fd")  # type codes that numpy and the standard library's arrays share
 
@@ -125,17 +125,27 @@ _OTHERS: Mapping[str, Callable[[list[Any], set[type], np.dtype[Any], str], Tenso
 def tensor_to_json(tensor: Tensor, name: str) -> object:
     """Return a tensor's flat data as what orjson encodes (with ``OPT_SERIALIZE_NUMPY``).
 
+    NaN and infinities become ``null`` there: :func:`check_finite` is for the caller that finds one.
+
     Raises:
-        PeerError: 400, for values that JSON cannot carry; the caller may ask for the binary form.
+        PeerError: 400, for octets that JSON cannot carry; the caller may ask for the binary form.
     """
     if tensor.dtype.hasobject:
         try:
             return [element.decode() for element in tensor.flat]
         except UnicodeDecodeError as error:
             raise _not_json(name, "octets that are not UTF-8") from error
+    return np.ascontiguousarray(tensor).reshape(-1)
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Refuse an output that JSON cannot carry.
+
+    Raises:
+        PeerError: 400.
+    """
     if tensor.dtype.kind == "f" and not all_finite(tensor):
         raise _not_json(name, "NaN or infinities")
-    return np.ascontiguousarray(tensor).reshape(-1)
 
 
 def _not_json(name: str, what: str) -> PeerError:
