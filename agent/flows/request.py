@@ -130,10 +130,6 @@ class _Trace:
         self.principal = principal
         self.account = f"{principal.kind}:{principal.id}"
 
-    def mark(self) -> None:
-        """End a stage; they end in their order."""
-        self.marks.append(time.perf_counter_ns())
-
     def latency_us(self) -> dict[str, int]:
         """Return the latency split, as far as the request came."""
         marks = self.marks
@@ -223,9 +219,10 @@ class RequestFlow:
             raise refusal from error
 
     async def _infer(self, trace: _Trace, caller: Caller, model: str, version: str, wire: Wire) -> Answer:
+        mark, clock_ns = trace.marks.append, time.perf_counter_ns
         # 1. identify
         trace.identified(self._identify(caller))
-        trace.mark()
+        mark(clock_ns())
         # 2. admit
         name = self.data.limit_for(trace.principal, model)
         limit = self.admission.limit(name)
@@ -236,24 +233,24 @@ class RequestFlow:
         else:
             with self.bodies.reserve(trace.account, most if wire.announced_bytes is None else wire.announced_bytes):
                 body = await wire.read(most)
-        trace.mark()
+        mark(clock_ns())
         now = clock.monotonic_us()
         rate = self.admission.observe(trace.account, now)
         with await self.admission.enter(trace.account, name, now):
             loaded = self._find(trace, model, version)
-            trace.mark()
+            mark(clock_ns())
             # 3. decode
             request = wire.decode(body, loaded)
             batch = loaded.session.batch(request.inputs)
             check_batch(batch, limit)
-            trace.mark()
+            mark(clock_ns())
             # 4. authorize
             asked = {"bytes": len(body), "batch": batch, "rate": rate}
             answer = await self._authorize(trace, loaded, asked)
             decided = answer.decision.obligations.limit
             if decided is not None and decided != name:
                 self.admission.narrow(trace.account, decided, now)
-            trace.mark()
+            mark(clock_ns())
             # 5. sanitize
             data = self._data_of(answer)
             profile = data.sanitizer(answer.decision.obligations.sanitize, loaded.manifest)
@@ -261,18 +258,18 @@ class RequestFlow:
             inputs = sanitize_inputs(
                 profile, loaded.manifest, request.inputs, generator=self.generator, latency_us=trace.steps_us
             )
-            trace.mark()
+            mark(clock_ns())
             # 6. infer
             outputs = self.runner.run_here(loaded, inputs)
             if outputs is None:
                 outputs = await self.runner.run(loaded, inputs)
-            trace.mark()
+            mark(clock_ns())
             # 7. egress
             response = _egress(
                 data.output(answer.decision.obligations.output, loaded.manifest), loaded, request, outputs
             )
             encoded = wire.encode(request, response)
-            trace.mark()
+            mark(clock_ns())
             # 8. audit
             salt, latency_us = await self._record(trace, request, response)
             return Answer(*encoded, answer.decision_id, salt, latency_us)
@@ -373,7 +370,7 @@ class RequestFlow:
         # Made later, it holds the tensors until then: only small ones, whose digests take no time that others would notice.
         small = sum(tensor.nbytes for tensor in request.inputs.values()) <= DEFERRED_BYTES
         await self._kept(event if small else event())
-        trace.mark()
+        trace.marks.append(time.perf_counter_ns())
         whole = {**latency_us, "audit": (trace.marks[-1] - trace.marks[-2]) // 1000}
         self.counters.count(f"requests_total|model={trace.model}|outcome=ok")
         self.counters.observe(whole)

@@ -98,7 +98,11 @@ def check_content_type(value: str | None) -> None:
     Raises:
         PeerError: 415.
     """
-    if value is not None and value.partition(";")[0].strip().lower() not in _CONTENT_TYPES:
+    if (
+        value is not None
+        and value not in _CONTENT_TYPES
+        and value.partition(";")[0].strip().lower() not in _CONTENT_TYPES
+    ):
         raise PeerError(415, "content_type", "Content-Type must be application/json or application/octet-stream")
 
 
@@ -139,13 +143,15 @@ def parse_infer_request(
         raise _bad("body", "must be a JSON object")
     if not _REQUEST_MEMBERS.issuperset(request):
         raise _bad("body", "may have the members id, parameters, inputs and outputs only")
-    parameters = _parameters(request, "parameters", limits)
-    _check_bool(parameters, "binary_data_output", "parameters")
+    parameters: dict[str, Any] = {}
+    if "parameters" in request:
+        parameters = _parameters(request, "parameters", limits)
+        _check_bool(parameters, "binary_data_output", "parameters")
     inputs = _read_inputs(_members(request, "inputs", limits), binary, limits, allow_nonfinite=allow_nonfinite)
     if not inputs:
         raise _bad("inputs", "must not be empty")
     outputs = _requested_outputs(_members(request, "outputs", limits), limits) if "outputs" in request else ()
-    return InferRequest(_request_id(request, limits), inputs, parameters, outputs)
+    return InferRequest(_request_id(request, limits) if "id" in request else "", inputs, parameters, outputs)
 
 
 def _split(body: bytes, header_length: int | None, limits: WireLimits) -> tuple[bytes, memoryview]:
@@ -183,7 +189,7 @@ def _members(request: dict[str, Any], name: str, limits: WireLimits) -> list[Any
 
 
 def _request_id(request: dict[str, Any], limits: WireLimits) -> str:
-    value = request.get("id", "")
+    value = request["id"]
     if not isinstance(value, str) or len(value) > limits.id_chars or not value.isprintable():
         raise _bad("id", f"must be printable text of at most {limits.id_chars} characters")
     return value

@@ -101,8 +101,13 @@ class Routes:
             if self.in_work > self._max_concurrent:
                 busy = PeerError(503, "busy", "too many requests are in work", retry_after_s=1.0)
                 response = await self._refuse(request, busy)
+            elif (route := _route(request.path)) is None:
+                response = await self._server(request)
+            elif route[2] == "infer" and request.method == "POST":
+                wire = _HttpWire(request, self._limits, self._body_timeout_s)
+                response = _answer(await self._flow.infer(_caller(request), route[0], route[1], wire))
             else:
-                response = await self._dispatch(request)
+                response = await self._model(request, *route)
         except PeerError as error:
             response = _refusal(error)
         finally:
@@ -118,24 +123,11 @@ class Routes:
         if not self.in_work:
             self.idle.set()
 
-    async def _dispatch(self, request: Request) -> Response:
-        path = request.path
-        route = _route(path) if len(path) <= MAX_PATH_CHARS else None
-        if route is None:
-            return await self._server(request, path)
-        model, version, verb = route
-        if verb == "infer" and request.method == "POST":
-            wire = _HttpWire(request, self._limits, self._body_timeout_s)
-            return _answer(await self._flow.infer(_caller(request), model, version, wire))
-        if verb == "infer":
-            return await self._refuse(request, _method("POST"))
-        if verb not in {None, "ready"}:
-            return await self._refuse(request, PeerError(403, "surface", "not served here"))
-        return await self._model(request, model, version, verb)
-
     async def _model(self, request: Request, model: str, version: str, verb: str | None) -> Response:
-        if request.method != "GET":
-            return await self._refuse(request, _method("GET"))
+        if verb not in {None, "ready", "infer"}:
+            return await self._refuse(request, PeerError(403, "surface", "not served here"))
+        if request.method != "GET" or verb == "infer":
+            return await self._refuse(request, _method("POST" if verb == "infer" else "GET"))
         loaded = await self._flow.metadata(_caller(request), model, version)
         if verb == "ready" or loaded is None:
             return Response(200)
@@ -143,7 +135,8 @@ class Routes:
         versions = self._flow.registry.versions(manifest.name)
         return Response(200, oip.model_metadata(manifest.name, versions, manifest.inputs, manifest.outputs))
 
-    async def _server(self, request: Request, path: str) -> Response:
+    async def _server(self, request: Request) -> Response:
+        path = request.path
         if _REFUSED.fullmatch(path):
             words = "shared memory, repository, trace and log settings can't be used from outside"
             return await self._refuse(request, PeerError(403, "surface", words))
@@ -167,7 +160,7 @@ class Routes:
 @functools.lru_cache(maxsize=256)
 def _route(path: str) -> tuple[str, str, str | None] | None:
     """Return model, version and verb of a path; None for a path that names no model."""
-    match = _MODEL.fullmatch(path)
+    match = _MODEL.fullmatch(path) if len(path) <= MAX_PATH_CHARS else None
     return None if match is None else (match["model"], match["version"] or "", match["verb"])
 
 
