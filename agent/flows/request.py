@@ -35,6 +35,7 @@ from agent.flows.recording import AuditClient
 from agent.flows.refusals import Refusals
 from agent.flows.running import Runner
 from agent.flows.sanitizing import sanitize_inputs
+from agent.flows.trace import Trace
 from agent.guard.admission import Admission, check_batch, check_size
 from agent.guard.bodies import BodyBudget
 from agent.guard.egress import OutputProfile
@@ -51,7 +52,6 @@ __all__ = ["Answer", "Caller", "RequestFlow", "Wire"]
 
 DEFERRED_BYTES = 1 << 14  # of inputs whose record may be made a moment later
 _SALT_BATCH = 64
-_ANONYMOUS = Principal(id="", kind="mtls")
 _json = msgspec.json.Encoder().encode
 
 
@@ -95,69 +95,6 @@ class Answer(msgspec.Struct, frozen=True):
     decision_id: str
     salt: bytes
     latency_us: Mapping[str, int]
-
-
-_STAGES = ("identity", "read", "admit", "decode", "policy", "sanitize", "infer", "egress", "audit")
-
-
-class _Trace:
-    """What is known of a request so far, for its record.
-
-    Attributes:
-        account: whom limits are charged to: an id is unique only among principals that were proved the same way.
-        steps_us: time of each step of the sanitizer.
-        marks: when the request began, and when each stage of :data:`_STAGES` ended.
-    """
-
-    __slots__ = (
-        "account", "action", "answer", "began_us", "loaded", "marks", "model", "principal", "sanitizer", "source_ip", "steps_us", "version",
-    )  # fmt: skip
-
-    def __init__(self, action: str, source_ip: str) -> None:
-        self.action = action
-        self.source_ip = source_ip
-        self.began_us = clock.now_us()
-        self.principal = _ANONYMOUS
-        self.account = ""
-        self.model = self.version = self.sanitizer = ""
-        self.loaded: LoadedModel | None = None
-        self.answer: PolicyAnswer | None = None
-        self.steps_us: dict[str, int] = {}
-        self.marks = [time.perf_counter_ns()]
-
-    def identified(self, principal: Principal) -> None:
-        """Note who asks."""
-        self.principal = principal
-        self.account = f"{principal.kind}:{principal.id}"
-
-    def latency_us(self) -> dict[str, int]:
-        """Return the latency split, as far as the request came."""
-        marks = self.marks
-        split = {stage: (end - begin) // 1000 for stage, begin, end in zip(_STAGES, marks, marks[1:], strict=False)}
-        split.update(self.steps_us)
-        return split
-
-    def event(self, kind: str, outcome: Literal["ok", "denied", "refused", "failed"], **more: Any) -> AuditEvent:  # noqa: ANN401
-        """Build the record."""
-        answer = self.answer
-        return AuditEvent(
-            kind=kind,
-            time_us=self.began_us,
-            outcome=outcome,
-            principal=self.principal.id,
-            principal_kind=self.principal.kind if self.principal.id else "",
-            action=self.action,
-            source_ip=self.source_ip,
-            model=self.model,
-            version=self.version,
-            model_sha256=self.loaded.sha256 if self.loaded else "",
-            sanitizer=self.sanitizer,
-            policy_sha256=answer.policy_sha256 if answer else "",
-            policy_revision=answer.revision if answer else "",
-            decision_id=answer.decision_id if answer else "",
-            reasons=answer.decision.reasons if answer else (),
-            **more,
-        )
 
 
 def _salts() -> Iterator[bytes]:
@@ -206,7 +143,7 @@ class RequestFlow:
         Raises:
             PeerError: whatever the caller gets instead; it is recorded already.
         """
-        trace = _Trace("infer", caller.source_ip)
+        trace = Trace("infer", caller.source_ip)
         try:
             return await self._infer(trace, caller, model, version, wire)
         except PeerError as error:
@@ -218,7 +155,7 @@ class RequestFlow:
             await self._refuse(trace, refusal, str(error))
             raise refusal from error
 
-    async def _infer(self, trace: _Trace, caller: Caller, model: str, version: str, wire: Wire) -> Answer:
+    async def _infer(self, trace: Trace, caller: Caller, model: str, version: str, wire: Wire) -> Answer:
         mark, clock_ns = trace.marks.append, time.perf_counter_ns
         # 1. identify
         trace.identified(self._identify(caller))
@@ -280,7 +217,7 @@ class RequestFlow:
         Raises:
             PeerError: as :meth:`infer`.
         """
-        trace = _Trace("metadata", caller.source_ip)
+        trace = Trace("metadata", caller.source_ip)
         try:
             trace.identified(self._identify(caller))
             now = clock.monotonic_us()
@@ -306,7 +243,7 @@ class RequestFlow:
             call: method and path, in ASCII.
             error: what to answer a caller that is known.
         """
-        trace = _Trace(call, caller.source_ip)
+        trace = Trace(call, caller.source_ip)
         try:
             trace.identified(self._identify(caller))
         except PeerError as unknown:
@@ -321,12 +258,12 @@ class RequestFlow:
             return self.peers.principal(caller.certificate)
         raise PeerError(401, "no_identity", "a client certificate or a bearer token is required")
 
-    def _find(self, trace: _Trace, model: str, version: str) -> LoadedModel:
+    def _find(self, trace: Trace, model: str, version: str) -> LoadedModel:
         loaded = self.registry.get(model, version)
         trace.loaded, trace.model, trace.version = loaded, loaded.manifest.name, loaded.manifest.version
         return loaded
 
-    async def _authorize(self, trace: _Trace, loaded: LoadedModel | None, asked: dict[str, Any]) -> PolicyAnswer:
+    async def _authorize(self, trace: Trace, loaded: LoadedModel | None, asked: dict[str, Any]) -> PolicyAnswer:
         """Ask the policy; what is unknown is absent from its input, version 1."""
         request = {**asked, "source_ip": trace.source_ip, "time": clock.rfc3339_seconds(trace.began_us)}
         question = Question(
@@ -352,7 +289,7 @@ class RequestFlow:
         raise PolicyError("the policy that decided is no longer in force")
 
     async def _record(
-        self, trace: _Trace, request: InferRequest, response: InferResponse
+        self, trace: Trace, request: InferRequest, response: InferResponse
     ) -> tuple[bytes, Mapping[str, int]]:
         """Record an answer; returns the salt of its digests, which only the caller gets, and the whole latency split."""
         salt = next(self.salts)
@@ -385,7 +322,7 @@ class RequestFlow:
         except AuditError as error:
             raise PeerError(503, "audit", "the audit log can't take a record", retry_after_s=5.0) from error
 
-    async def _refuse(self, trace: _Trace, error: PeerError, cause: str = "") -> None:
+    async def _refuse(self, trace: Trace, error: PeerError, cause: str = "") -> None:
         """Record a refusal. A refusal that can't be recorded stays a refusal."""
         denied = error.reason == "policy"
         failure = trace.answer.error if trace.answer and trace.answer.error else ""

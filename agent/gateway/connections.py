@@ -20,7 +20,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from agent.gateway.http import Connection, Request, Response
+from agent.gateway.http import Connection
+from agent.gateway.http_messages import Request, Response
 
 __all__ = ["ConnectionLimits", "Front"]
 

@@ -20,7 +20,7 @@ from agent import __version__
 from agent.errors import PeerError
 from agent.flows.request import Answer, Caller, RequestFlow
 from agent.gateway import oip
-from agent.gateway.http import Request, Response, error_response
+from agent.gateway.http_messages import Request, Response, error_response
 from agent.inference.registry import LoadedModel
 from agent.inference.tensors import InferRequest, InferResponse
 

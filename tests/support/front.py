@@ -12,7 +12,7 @@ import pytest
 import uvloop
 
 from agent.gateway.connections import Front
-from agent.gateway.http import Response
+from agent.gateway.http_messages import Response
 from tools.pki import Authority
 
 __all__ = ["Served", "on_each_loop", "pki", "read_answer"]

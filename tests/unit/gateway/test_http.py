@@ -9,7 +9,8 @@ import pytest
 
 from agent.errors import PeerError
 from agent.gateway.connections import ConnectionLimits
-from agent.gateway.http import MAX_HEAD_BYTES, MAX_HEADERS, MAX_LINE_BYTES, MAX_PIPELINED, UNREAD_BYTES, Response
+from agent.gateway.http import MAX_HEAD_BYTES, MAX_HEADERS, MAX_LINE_BYTES, MAX_PIPELINED
+from agent.gateway.http_messages import UNREAD_BYTES, Response
 from tests.support.front import Served, on_each_loop, pki, read_answer
 
 __all__ = ["pki"]
