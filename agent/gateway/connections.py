@@ -162,7 +162,10 @@ class Front:
                 self._refused("header_timeout", connection.source)
                 connection.abort()
             elif not connection.head_begun and now - since > self._limits.idle_s:
-                connection.close() if connection.writable else connection.abort()
+                if connection.writable:
+                    connection.close()
+                else:
+                    connection.abort()
         self._sweeping = loop.call_later(self._sweep_s, self._sweep) if self._connections else None
 
 

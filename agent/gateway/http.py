@@ -149,6 +149,7 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """It reads again."""
         self.writable = True
+        self.waits_since = None if self._busy else self._loop.time()
         if not self._busy:
             self._next()
         self.flow()
