@@ -28,6 +28,7 @@ __all__ = ["ConnectionLimits", "Front"]
 BACKLOG = 1024  # connections that the kernel holds for us
 ACCEPT_RETRY_S = 0.05
 SHUTDOWN_S = 1.0  # for the peer's part of a TLS shutdown
+READ_BYTES = 128 * 1024  # taken from one connection at a time
 MAX_SWEEP_S = 0.5  # how late a connection may be cut at most
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close at once
 
@@ -58,6 +59,7 @@ class Front:
         refused: Callable[[str, str], None],
     ) -> None:
         self.handle = handler
+        self.buffer = memoryview(bytearray(READ_BYTES))
         self._limits = limits
         self._refused = refused
         self._sources: Counter[str] = Counter()

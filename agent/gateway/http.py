@@ -48,7 +48,13 @@ _VERSIONS: Final = frozenset({"1.0", "1.1"})
 
 
 class Server(Protocol):
-    """What a connection belongs to."""
+    """What a connection belongs to.
+
+    Attributes:
+        buffer: where bytes of any of its connections are put, to be read at once.
+    """
+
+    buffer: memoryview
 
     def connected(self, connection: Connection) -> None:
         """Note a connection whose handshake is complete."""
@@ -60,7 +66,7 @@ class Server(Protocol):
         """Answer a request."""
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One connection.
 
     Attributes:
@@ -114,7 +120,15 @@ class Connection(asyncio.Protocol):
         self.transport = None
         self._server.disconnected(self)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, _: int) -> memoryview:
+        """Return where the next bytes go: what comes is read before anything else happens, so that one buffer serves all connections."""
+        return self._server.buffer
+
+    def buffer_updated(self, size: int) -> None:
+        """Read what came."""
+        self.data_received(self._server.buffer[:size])
+
+    def data_received(self, data: memoryview) -> None:
         """Read on."""
         if self._closing or self._broken:
             return
