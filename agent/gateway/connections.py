@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from agent.gateway.http import Connection
+from agent.gateway.http import Connection, Turn
 from agent.gateway.http_messages import Request, Response
 
 __all__ = ["ConnectionLimits", "Front"]
@@ -60,6 +60,7 @@ class Front:
     ) -> None:
         self.handle = handler
         self.buffer = memoryview(bytearray(READ_BYTES))
+        self.turn = Turn()
         self._limits = limits
         self._refused = refused
         self._sources: Counter[str] = Counter()
