@@ -95,7 +95,9 @@ def run(settings: Settings, environment: Environment) -> None:
         zygote = Zygote.start(PRELOAD, user=child_user(settings), sandbox_required=settings.sandbox.required)
         try:
             uvloop.run(_Agent(settings, environment, listeners, zygote).run())
-        except* EdgeWardenError as group:
+        except BaseExceptionGroup as group:  # `except*` would wrap what it raises, before Python 3.12
+            if group.split(EdgeWardenError)[1] is not None:
+                raise
             raise _first(group) from None
         finally:
             zygote.close()
