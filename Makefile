@@ -3,9 +3,10 @@ SHELL := /bin/bash
 VENV := .cache/venv/bin
 export PATH := $(CURDIR)/.cache/bin:$(PATH)
 PYTEST_ARGS ?=
+PYTEST_COVERAGE := $(if $(COVERAGE),--cov --cov-report=)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup opa oms demo run test bench lint format lock clean
+.PHONY: help setup opa oms demo run test coverage bench lint format lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,8 +30,12 @@ bench: setup ## Compare with an unguarded server, in one run
 	$(VENV)/python -m bench.run
 
 test: setup opa oms ## Run all tests
-	$(VENV)/pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	$(VENV)/pytest -n 2 --dist loadgroup $(PYTEST_COVERAGE) $(PYTEST_ARGS)
 	@if type -P opa >/dev/null; then opa test -b rego policies; else echo 'opa test: skipped, there is no OPA'; test -z "$$CI"; fi
+	$(if $(COVERAGE),$(VENV)/python -m tools.coverage_gate)
+
+coverage: ## Run all tests, print coverage by room and fail below a bar
+	@$(MAKE) --no-print-directory test COVERAGE=1
 
 lint: setup ## Check format, style, types and the import rule
 	$(VENV)/ruff format --check .

@@ -180,11 +180,12 @@ class MeasurementLog:
             clock, values = await self._tpm.call(lambda tpm: (tpm.clock(), tpm.read_pcrs([self.pcr])))
             if clock.reset_count != now.reset_count:
                 raise TpmResetError("measurement log: the TPM was reset under the running agent; open the log again")
-            if values[self.pcr] != now.value:
-                self._now = None  # recovery will find the same, and refuse
-                raise VerificationError(
-                    "measurement-log", f"PCR {self.pcr} does not hold what the log says: someone else extended it"
-                )
+            if values[self.pcr] == now.value:
+                return
+            self._now = None  # recovery will find the same, and refuse
+            raise VerificationError(
+                "measurement-log", f"PCR {self.pcr} does not hold what the log says: someone else extended it"
+            )
 
     async def append(self, entry: Entry) -> Snapshot:
         """Measure: when this returns, the entry is durable and in the PCR.

@@ -320,6 +320,29 @@ async def test_a_foreign_file_in_the_folder_is_refused(swtpm, tmp_path):
             await MeasurementLog.open(thread, tmp_path, PCR)
 
 
+async def test_a_check_finds_what_happened_behind_the_agent(swtpm, tmp_path):
+    """A log that agrees passes; after a stranger's extend it is settled no more, and takes no entry."""
+    async with _thread(swtpm) as thread:
+        log = await MeasurementLog.open(thread, tmp_path, PCR)
+        await log.check()
+        assert log.settled is not None
+        await thread.call(lambda tpm: tpm.extend(PCR, bytes(32)))
+        with pytest.raises(VerificationError, match="someone else extended it"):
+            await log.check()
+        assert log.settled is None
+        with pytest.raises(VerificationError, match="measurement-log"):
+            await log.append(ENTRY)
+
+
+async def test_a_check_finds_a_reset_under_the_agent(swtpm, tmp_path):
+    """A TPM that was reset is named as such, not as a stranger's extend."""
+    async with _thread(swtpm) as thread:
+        log = await MeasurementLog.open(thread, tmp_path, PCR)
+        swtpm.reboot()
+        with pytest.raises(TpmResetError, match="reset under"):
+            await log.check()
+
+
 async def test_a_full_log_takes_no_entry(swtpm, tmp_path, monkeypatch):
     """At the limit of a boot nothing more is measured, so nothing more loads; a larger file is not read."""
     folder = tmp_path / "log"

@@ -262,7 +262,7 @@ ROWS = (
         _ONLY_SECCOMP,
         lambda t: _sys("sched_setaffinity", t.victim, 8, _at(b"\xff" * 8)),
     ),
-    Row("setpriority of another", _ONLY_SECCOMP, lambda t: _sys("setpriority", 0, t.victim, 1)),
+    Row("setpriority of another", _ONLY_SECCOMP, lambda t: _sys("setpriority", 0, t.victim, 19)),
     # out of the sandbox
     Row("prctl PR_SET_DUMPABLE", _ONLY_SECCOMP, lambda _: _sys("prctl", 4, 1, 0, 0, 0)),
     Row("prctl PR_SET_PDEATHSIG off", _ONLY_SECCOMP, lambda _: _sys("prctl", 1, 0, 0, 0, 0)),

@@ -237,12 +237,13 @@ def test_reference_values_name_what_was_approved(node):
     package = sign_and_place(node, write_tiny(node.root / "packages" / "tiny" / "1"))
     command = ["attest", "reference", "--config", str(node.config), "--policy", str(node.root / "policy.tar.gz")]
     out = node.root / "reference.json"
-    done = _typed(*command, "--package", str(package), "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    here = CliRunner().invoke(cli._edgewarden, [*command, "--package", str(package), "--out", str(out)])
+    assert here.exit_code == 0, here.output
+    assert here.output == f"{out}: 2 files of 1 packages\n"
     values = json.loads(out.read_bytes())
     assert values["measurement"]["pcr"] == 14
     assert set(values["models"]) == {"tiny/1/model.onnx", "tiny/1/model.yaml"}
-    assert json.loads(_typed(*command).stdout)["models"] == {}
+    assert json.loads(CliRunner().invoke(cli._edgewarden, command).output)["models"] == {}
     write_signing_key(node.root / "keys", "other")
     foreign = sign_and_place(node, write_tiny(node.root / "packages" / "foreign" / "1", name="foreign"), key="other")
     done = _typed(*command, "--package", str(foreign))

@@ -38,6 +38,14 @@ def test_a_link_is_not_followed(tmp_path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_what_was_not_staged_cannot_be_committed(tmp_path) -> None:
+    """Without a staged file a commit is the host's error, and what is in force stays."""
+    save_last_good(tmp_path, b"one")
+    with pytest.raises(HostError, match="cannot be kept"):
+        commit(tmp_path, LAST_GOOD_FILE)
+    assert load_last_good(tmp_path) == b"one"
+
+
 def test_what_cannot_be_read_is_the_hosts_error(tmp_path, monkeypatch) -> None:
     """A directory in its place, no directory at all, or a file too large for a bundle."""
     with pytest.raises(HostError):
