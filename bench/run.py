@@ -35,6 +35,7 @@ INFERENCE_BAR = 0.45
 LOADING_BAR = 0.6
 MEMORY_BAR_MB = 200.0
 IDLE_S = 10.0
+_PROCESSES = ("gateway", "policy", "agent")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,7 @@ def inference(effort: Effort) -> None:
             )
         )
         _where(nodes[0], bares["tiny"], workloads[0], effort)
+        _asked_anew(bares["tiny"], workloads[0], effort)
     finally:
         for server in (*bares.values(), *nodes):
             server.stop()
@@ -169,6 +171,22 @@ def _where(node: NodeServer, bare: BareServer, workload: Workload, effort: Effor
         ]
         rows.append([f"{connections} at a time, stages", ", ".join(split)])
     table(("tiny, JSON", "µs a request"), rows)
+
+
+def _asked_anew(bare: BareServer, workload: Workload, effort: Effort) -> None:
+    title("The same, with every decision asked anew")
+    node = NodeServer("anew", HOME / "anew", "buffered", pictures=False, remember=False)
+    rows = []
+    try:
+        node.start()
+        for connections in CONCURRENCY:
+            rounds = _rounds([bare, node], workload, connections, effort)
+            processes = {kind: _median(rounds["anew"], lambda one, kind=kind: one.cpu_us[kind]) for kind in _PROCESSES}
+            split = ", ".join(f"{kind} {micros:.0f}" for kind, micros in processes.items())
+            rows.append([workload.name, str(connections), spread(_ratios(rounds, "anew")), split])
+    finally:
+        node.stop()
+    table(("request", "at a time", "buffered / bare", "CPU µs"), rows)
 
 
 def _stages(node: NodeServer) -> dict[str, tuple[float, float]]:

@@ -110,6 +110,7 @@ class NodeServer:
         durability: of the audit log.
         models: whether the picture model is installed besides the tiny one.
         policies: the policy's data instead of the shipped one.
+        remember: whether decisions are remembered.
         environment: of the agent.
     """
 
@@ -121,6 +122,7 @@ class NodeServer:
         *,
         pictures: bool = True,
         policies: Path = ROOT / "policies",
+        remember: bool = True,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
@@ -129,7 +131,10 @@ class NodeServer:
             self._tpm.start()
         # On a machine that is shared a worker may be kept waiting for longer than the deadline: that is not what is measured.
         deadlines = {"evaluation_deadline_ms": 2_000, "total_deadline_ms": 10_000}
-        overrides = {"audit": {"durability": durability}, "policy": deadlines}
+        overrides = {
+            "audit": {"durability": durability},
+            "policy": {**deadlines, "remember_decisions": remember},
+        }
         self.node = DemoNode(root / "node", self._tpm.tcti, overrides)
         self._environment = environment
         self._prepare(pictures=pictures, policies=policies)

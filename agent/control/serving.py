@@ -15,7 +15,7 @@ import ssl
 import structlog
 from aiohttp import web
 
-from agent.http_protocol import make_protocol
+from agent.control.protocol import make_protocol
 
 __all__ = ["HANDSHAKE_S", "MAX_CONNECTIONS", "MAX_GREETINGS", "Surface"]
 

@@ -9,7 +9,6 @@ Rules:
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 import ssl
@@ -24,8 +23,6 @@ from agent.isolation.memfd import map_sealed
 from agent.messages import GatewayStart
 
 __all__ = ["main"]
-
-GC_THRESHOLDS = (20_000, 20, 20)
 
 
 def main(child: Child) -> None:
@@ -44,8 +41,6 @@ def main(child: Child) -> None:
     for name in ("certificate", "key", "client_ca", "jwks"):
         if name in child.fds:
             os.close(child.fds[name])
-    # A request's objects go when their last reference does; what needs the collector is rare, and its visits are not.
-    gc.set_threshold(*GC_THRESHOLDS)
     child.enter_sandbox()
     # After the sandbox: libuv would set up an io_uring before it, and could not use it inside.
     loop = uvloop.new_event_loop()

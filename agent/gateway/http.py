@@ -121,7 +121,7 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, server: Server, source: str) -> None:
         self._server = server
         self._loop = asyncio.get_running_loop()
-        self._parser = httptools.HttpRequestParser(self)
+        self._parser: Any = httptools.HttpRequestParser(self)
         self._queue: deque[Request] = deque()  # complete heads, in their order; the first is in work
         self._busy = False
         self._broken = False  # what came last is no HTTP
@@ -159,6 +159,7 @@ class Connection(asyncio.BufferedProtocol):
             self._receiving.end(failed=True)
         self._queue.clear()
         self.transport = None
+        self._parser = None  # it holds on to this, and what holds on to itself stays until a collector comes by
         self._server.disconnected(self)
 
     def get_buffer(self, _: int) -> memoryview:

@@ -209,6 +209,8 @@ class Gateway:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._routes.idle.wait(), timeout_s)
         await self._front.shutdown(1.0)
+        with contextlib.suppress(TimeoutError):  # whose connection was cut is refused, and recorded before the end is
+            await asyncio.wait_for(self._routes.idle.wait(), 1.0)
         await self._flow.note_refusals()
         self._audit.flush()
         self._report(messages.Drained())

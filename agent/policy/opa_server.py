@@ -148,19 +148,17 @@ class OpaServer:
     async def _until_ready(self, process: ProcessHandle) -> None:
         try:
             async with asyncio.timeout(_READY_TIMEOUT_S):
-                while True:
-                    if await self._healthy():
-                        return
-                    _check_running(process)
+                while not await self._healthy(process):  # noqa: ASYNC110 -- a program of others, which announces nothing
                     await asyncio.sleep(_READY_PAUSE_S)
         except TimeoutError as error:
             raise PolicyError(f"OPA is not ready within {_READY_TIMEOUT_S:g} s") from error
 
-    async def _healthy(self) -> bool:
+    async def _healthy(self, process: ProcessHandle) -> bool:
         try:
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
                 return await self._probe()
         except (OSError, TimeoutError):
+            _check_running(process)
             return False
 
     async def _probe(self) -> bool:
