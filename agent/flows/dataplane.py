@@ -33,6 +33,9 @@ __all__ = ["Dataplane", "DataplaneHooks", "ServedModel"]
 
 MAX_FILES_A_MESSAGE = 128
 LOAD_TIMEOUT_S = 300.0
+DRAIN_SLACK_S = (
+    2.0  # for what a gateway still does when the time of its requests is over: cut connections, record it, say so
+)
 _log = structlog.get_logger(__name__)
 
 
@@ -155,7 +158,7 @@ class Dataplane:
             return
         self._tell(messages.Drain(int(timeout_s * 1000)))
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._drained.wait(), timeout_s + 1.0)
+            await asyncio.wait_for(self._drained.wait(), timeout_s + DRAIN_SLACK_S)
 
     async def _start(self) -> ChildHandle:
         if self._draining:

@@ -42,6 +42,7 @@ from agent.policy.messages import Endpoint
 __all__ = ["Gateway"]
 
 REPORT_INTERVAL_S: Final = 1.0
+CLOSING_S: Final = 0.5  # twice, at the end: less than the agent waits beyond the drain's own time
 
 
 class Gateway:
@@ -208,9 +209,9 @@ class Gateway:
             self._listener.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._routes.idle.wait(), timeout_s)
-        await self._front.shutdown(1.0)
+        await self._front.shutdown(CLOSING_S)
         with contextlib.suppress(TimeoutError):  # whose connection was cut is refused, and recorded before the end is
-            await asyncio.wait_for(self._routes.idle.wait(), 1.0)
+            await asyncio.wait_for(self._routes.idle.wait(), CLOSING_S)
         await self._flow.note_refusals()
         self._audit.flush()
         self._report(messages.Drained())

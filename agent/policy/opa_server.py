@@ -147,11 +147,13 @@ class OpaServer:
 
     async def _until_ready(self, process: ProcessHandle) -> None:
         try:
-            async with asyncio.timeout(_READY_TIMEOUT_S):
-                while not await self._healthy(process):  # noqa: ASYNC110 -- a program of others, which announces nothing
-                    await asyncio.sleep(_READY_PAUSE_S)
+            await asyncio.wait_for(self._healthy_once(process), _READY_TIMEOUT_S)
         except TimeoutError as error:
             raise PolicyError(f"OPA is not ready within {_READY_TIMEOUT_S:g} s") from error
+
+    async def _healthy_once(self, process: ProcessHandle) -> None:
+        while not await self._healthy(process):  # noqa: ASYNC110 -- a program of others, which announces nothing
+            await asyncio.sleep(_READY_PAUSE_S)
 
     async def _healthy(self, process: ProcessHandle) -> bool:
         try:

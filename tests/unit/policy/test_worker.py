@@ -17,6 +17,7 @@ from agent.policy.bundle import Bundle
 from agent.policy.messages import Stamp, pack_question, stamp_memory, unpack_answer
 from agent.policy.opa import check_bundle
 from agent.policy.worker import Forked, Loaded, Refused, Report, template
+from tests.support.models import CertificateMaker
 from tests.support.policy import HOSTILE, bundle, document, keypair
 
 
@@ -96,8 +97,10 @@ def test_opa_is_given_no_bundle_that_reaches_out() -> None:
 
 
 def test_opa_is_given_a_harmless_bundle() -> None:
-    """What neither reaches out nor says who may ask passes."""
+    """What neither reaches out nor says who may ask passes; where no OPA answers, it is refused all the same."""
     check_bundle(Bundle.from_bytes(bundle(HOSTILE)))
+    pem = CertificateMaker.root("opa").pem.decode()
+    assert "OPA" in refusal(bundle(HOSTILE), opa={"port": 1, "token": "t", "certificate": pem}).reason
 
 
 def test_a_fork_command_starts_a_worker(monkeypatch) -> None:
