@@ -43,7 +43,9 @@ def say(text: str) -> None:
     print(textwrap.fill(text, 110, initial_indent="   ", subsequent_indent="   "), flush=True)
 
 
-def show(command: list[str], *, expect: int | None = 0, lines: int = 14) -> subprocess.CompletedProcess[str]:
+def show(
+    command: list[str], *, expect: int | None = 0, lines: int = 14, width: int = 150
+) -> subprocess.CompletedProcess[str]:
     """Run a command as it would be typed, and print what it answers; another exit status than expected fails the tour."""
     typed = " ".join(part.replace(str(ROOT) + "/", "") for part in command)
     print(f"   $ {typed}", flush=True)
@@ -52,7 +54,7 @@ def show(command: list[str], *, expect: int | None = 0, lines: int = 14) -> subp
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL)
     output = (done.stdout + done.stderr).replace(str(ROOT) + "/", "").splitlines()
     for line in output[:lines]:
-        print(f"     {line[:150]}", flush=True)
+        print(f"     {line[:width]}", flush=True)
     if len(output) > lines:
         print(f"     … {len(output) - lines} more lines", flush=True)
     if expect is not None and done.returncode != expect:
@@ -65,7 +67,7 @@ def curl(node: DemoNode, who: str | None, path: str, *options: str, status: int)
     files = node.client_files(who) if who else node.client_files("alice")
     identity = ["--cert", files["cert"], "--key", files["key"]] if who else []
     command = ["curl", "-sS", "-D", "-", "--cacert", files["ca"], *identity, *options, node.url(path)]
-    done = show(command, expect=None, lines=9)
+    done = show(command, expect=None, lines=12, width=320)
     seen = done.stdout.split(" ", 2)[1] if done.stdout.startswith("HTTP/") else "no answer"
     wanted = str(status) if status else "no answer"
     if seen != wanted:
