@@ -23,8 +23,9 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from agent.gateway.http import Connection, Turn
+from agent.gateway.http import Connection
 from agent.gateway.http_messages import Request, Response
+from agent.gateway.turn import Turn
 
 __all__ = ["ConnectionLimits", "Front"]
 

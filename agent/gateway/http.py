@@ -27,6 +27,7 @@ from typing import Any, Final, Protocol
 import httptools
 
 from agent.gateway.http_messages import Request, Response, error_response
+from agent.gateway.turn import Turn
 
 __all__ = [
     "MAX_HEADERS",
@@ -35,7 +36,6 @@ __all__ = [
     "MAX_PIPELINED",
     "Connection",
     "Server",
-    "Turn",
 ]
 
 MAX_HEAD_BYTES: Final = 16 * 1024
@@ -47,43 +47,6 @@ _SINGLE: Final = frozenset(
 )
 _BAD_REQUEST: Final = 400
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
-
-
-class Turn:
-    """What is due in one turn of the loop, of all connections of a server."""
-
-    def __init__(self) -> None:
-        self._ready: deque[Connection] = deque()
-        self._answers: deque[tuple[Connection, bytes, bool]] | None = None  # while connections are answered
-
-    def ready(self, connection: Connection) -> None:
-        """Let a connection answer what has come, once everything that came with it is read."""
-        self._ready.append(connection)
-        if len(self._ready) == 1:
-            asyncio.get_running_loop().call_soon(self._run)
-
-    def deliver(self, connection: Connection, data: bytes, *, last: bool) -> None:
-        """Send an answer, now or with the others of this turn."""
-        if self._answers is None:
-            connection.deliver(data, last=last)
-        else:
-            self._answers.append((connection, data, last))
-
-    def _run(self) -> None:
-        answers: deque[tuple[Connection, bytes, bool]] = deque()
-        self._answers = answers
-        try:
-            while self._ready:
-                self._ready[0].answer()
-                self._ready.popleft()
-        finally:
-            self._answers = None
-            while answers:
-                connection, data, last = answers.popleft()
-                connection.deliver(data, last=last)
-            if self._ready:  # one of them failed at what no handler does
-                self._ready.popleft()
-                asyncio.get_running_loop().call_soon(self._run)
 
 
 class Server(Protocol):
