@@ -92,7 +92,7 @@ class Node:
                 "subject": msgspec.structs.asdict(principal),
                 "action": action,
                 "resource": resource,
-                "request": {"time": clock.rfc3339(clock.now_us())},
+                "request": {"time": clock.rfc3339_seconds(clock.now_us())},
                 "node": node,
             }
         )

@@ -49,7 +49,8 @@ class Runner:
     async def run(self, loaded: LoadedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run a model that was slow, and see whether it still is; raises as :meth:`run_here`."""
         model = loaded.sha256
-        if self._suspects.pop(model, "") is None:
+        if model in self._suspects:
+            del self._suspects[model]
             outputs, spent_ns = _timed(loaded, inputs)
         else:
             outputs, spent_ns = await asyncio.get_running_loop().run_in_executor(self._pool, _timed, loaded, inputs)

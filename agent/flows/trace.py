@@ -11,7 +11,7 @@ from agent.records import AuditEvent, PolicyAnswer, Principal
 
 __all__ = ["STAGES", "Trace"]
 
-ANONYMOUS = Principal(id="", kind="mtls")
+_ANONYMOUS = Principal(id="", kind="mtls")
 STAGES = ("identity", "read", "admit", "decode", "policy", "sanitize", "infer", "egress", "audit")
 
 
@@ -32,7 +32,7 @@ class Trace:
         self.action = action
         self.source_ip = source_ip
         self.began_us = clock.now_us()
-        self.principal = ANONYMOUS
+        self.principal = _ANONYMOUS
         self.account = ""
         self.model = self.version = self.sanitizer = ""
         self.loaded: LoadedModel | None = None

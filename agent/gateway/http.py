@@ -85,7 +85,7 @@ class Connection(asyncio.BufferedProtocol):
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._parser: Any = httptools.HttpRequestParser(self)
-        self._queue: deque[Request] = deque()  # complete heads, in their order; the first is in work
+        self._queue: deque[Request] = deque()  # complete heads that wait, in their order
         self._busy = False
         self._broken = False  # what came last is no HTTP
         self._closing = False
@@ -202,7 +202,7 @@ class Connection(asyncio.BufferedProtocol):
         """The head is complete."""
         parser = self._parser
         self._in_head = False
-        if len(self._queue) > MAX_PIPELINED or parser.get_http_version() not in _VERSIONS or parser.should_upgrade():
+        if len(self._queue) >= MAX_PIPELINED or parser.get_http_version() not in _VERSIONS or parser.should_upgrade():
             raise _NotHttpError
         target = self._target
         if not target.startswith(b"/"):

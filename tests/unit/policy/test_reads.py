@@ -104,6 +104,14 @@ def test_a_function_of_the_bundle_is_no_builtin():
     assert engine_of(source).request_reads == ("time",)
 
 
+@pytest.mark.parametrize("replaced", ["lower", "data.edgewarden.authz.f"])
+def test_no_builtin_stands_in_for_a_function(replaced):
+    """What looks elsewhere is always called by its name: the engine takes no builtin behind ``with``, where the calls do not show it."""
+    source = f'f(x) := x\ndecision := y if {{ y := lower(f("A")) with {replaced} as uuid.rfc4122 }}'
+    with pytest.raises(PolicyError, match=r"unsafe|undefined"):
+        engine_of(source).evaluate(b"{}")
+
+
 @pytest.fixture(scope="module", params=["shipped", "realistic"])
 def engine(request, tmp_path_factory):
     policies = POLICIES
