@@ -48,7 +48,7 @@ format: setup ## Rewrite the code in the project's format
 	$(VENV)/ruff check --fix .
 
 lock: ## Write the lock files again (needs uv)
-	uv pip compile -q pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url -o requirements/dev.lock
+	uv pip compile -q pyproject.toml controller/pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-emit-package edgewarden -o requirements/dev.lock
 	uv pip compile -q requirements/assets.in --no-deps --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url -o requirements/assets.lock
 	uv pip compile -q requirements/oms.in --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url -o requirements/oms.lock
 

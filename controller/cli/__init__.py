@@ -1,0 +1,1 @@
+"""The controller's sub-commands of ``edgewarden``, found by entry points."""
