@@ -202,6 +202,10 @@ class Tpm:
         )
         self._run(f"extend PCR {pcr}", self._esys.pcr_extend, ESYS_TR(pcr), digests)
 
+    def reset(self, pcr: int) -> None:
+        """Set a PCR to zero in every bank, where the TPM lets locality 0 do so: 16 and 23."""
+        self._run(f"reset PCR {pcr}", self._esys.pcr_reset, ESYS_TR(pcr))
+
     def quote(self, indices: Iterable[int], extra_data: bytes, ak: AkKind = AkKind.ECC_P256) -> tuple[bytes, bytes]:
         """Quote PCRs of the SHA-256 bank by an attestation key.
 

@@ -129,8 +129,12 @@ class TpmThread:
         """Whether the last call was answered, if only by a refusal."""
         return self._failures == 0
 
-    async def call(self, job: Callable[[Tpm], _T]) -> _T:
+    async def call(self, job: Callable[[Tpm], _T], *, timeout_s: float = 0.0) -> _T:
         """Run a job on the TPM's thread, after those that were called before.
+
+        Args:
+            job: what to do with the TPM.
+            timeout_s: for a job that may take longer than a call usually does, such as the making of an RSA key.
 
         Raises:
             TpmError: the TPM refused, did not answer in time, can't be reached, or waits for its next attempt.
@@ -138,10 +142,10 @@ class TpmThread:
         async with self._turn:
             worker, limit_s = self._begin()
             try:
-                async with asyncio.timeout(limit_s):
+                async with asyncio.timeout(max(limit_s, timeout_s)):
                     result = await worker.submit(job)
             except TimeoutError:
-                raise self._fail(worker, TpmError(f"TPM: no answer within {limit_s} s")) from None
+                raise self._fail(worker, TpmError(f"TPM: no answer within {max(limit_s, timeout_s)} s")) from None
             except TpmError as error:
                 if worker.connected:
                     self._failures = 0

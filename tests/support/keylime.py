@@ -206,7 +206,11 @@ class Keylime:
             "cert_bits": "2048",
             "cert_crl_dist": "http://127.0.0.1:38080/crl",
         }
-        revocations = {"enabled_revocation_notifications": "['agent']", "zmq_ip": "127.0.0.1", "zmq_port": str(self._zmq_port)}
+        revocations = {
+            "enabled_revocation_notifications": "['agent']",
+            "zmq_ip": "127.0.0.1",
+            "zmq_port": str(self._zmq_port),
+        }
         return {
             "verifier": {"verifier": verifier, "revocations": revocations},
             "registrar": {"registrar": registrar},
