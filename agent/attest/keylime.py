@@ -36,10 +36,12 @@ __all__ = [
     "Challenge",
     "KernelList",
     "Registration",
+    "Revocation",
     "activation",
     "measurement_list",
     "parse_challenge",
     "parse_kernel_list",
+    "parse_revocation",
     "pcr_blob",
     "quote_string",
     "runtime_policy",
@@ -191,6 +193,33 @@ def activation(secret: bytes, uuid: str) -> bytes:
     # Keylime's key is the text that it encodes the secret as.
     tag = hmac.new(base64.b64encode(secret), uuid.encode("ascii"), "sha384").hexdigest()
     return msgspec.json.encode({"auth_tag": tag})
+
+
+# --- notifications
+
+
+class Revocation(msgspec.Struct, frozen=True):
+    """What a verifier tells every node about one that failed: ``type``, whose ``agent_id``, and the ``event_id``."""
+
+    type: str = ""
+    agent_id: str = ""
+    event_id: str = ""
+
+
+class _Notification(msgspec.Struct, frozen=True):
+    msg: str
+
+
+def parse_revocation(body: bytes) -> Revocation:
+    """Read the body of ``POST /v2.5/notifications/revocation``.
+
+    Raises:
+        VerificationError: ``keylime-notification``.
+    """
+    try:
+        return msgspec.json.decode(msgspec.json.decode(body, type=_Notification).msg, type=Revocation)
+    except ValueError as error:
+        raise VerificationError("keylime-notification", f"not a revocation: {error}") from error
 
 
 # --- the measurement list

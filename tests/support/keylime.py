@@ -10,11 +10,9 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = ROOT / ".cache" / "keylime" / "bin"
@@ -59,7 +57,7 @@ class Keylime:
     def registrar_url(self) -> str:
         return f"http://127.0.0.1:{self.registrar_port}"
 
-    def __enter__(self) -> "Keylime":
+    def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, settings in self._settings().items():
             (self.folder / f"{name}.conf").write_text(_ini(settings))
