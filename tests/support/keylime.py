@@ -101,7 +101,7 @@ class Keylime:
         answer = self.tenant("-c", "cvstatus", "-u", uuid, "-v", "127.0.0.1", "-vp", str(self.verifier_port))
         for line in answer.stdout.splitlines() + answer.stderr.splitlines():
             with contextlib.suppress(json.JSONDecodeError):
-                found: dict[str, Any] = json.loads(line)
+                found: dict[str, Any] = json.loads(line)[uuid]
                 return found
         raise AssertionError(f"no status of {uuid}:\n{answer.stdout}\n{answer.stderr}")
 
