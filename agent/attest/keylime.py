@@ -62,7 +62,7 @@ _CHALLENGE_VERSION = 1
 _CHECK = "keylime-challenge"
 _KERNEL_LINE = re.compile(
     rf"{KERNEL_PCR} (?P<sha1>[0-9a-f]{{40}}) (?P<template>ima-ng|ima-sig) "
-    rf"(?P<algorithm>[a-z0-9_-]{{1,16}}):(?P<digest>[0-9a-f]{{40,128}}) {BOOT_AGGREGATE} ?"
+    rf"(?P<algorithm>[a-z0-9_-]{{1,16}}):(?P<digest>(?:[0-9a-f]{{2}}){{20,64}}) {BOOT_AGGREGATE} ?"
 )
 _LENGTH = struct.Struct("<I")
 
@@ -262,10 +262,8 @@ def _template_data(line: re.Match[str]) -> bytes:
 
 
 def _is_template(line: re.Match[str]) -> bool:
-    if len(line["digest"]) % 2:
-        return False
-    sha1 = hashlib.sha1(_template_data(line), usedforsecurity=False)  # IMA's format demands it; SHA-256 is what counts
-    return sha1.hexdigest() == line["sha1"]
+    # IMA's format demands SHA-1; SHA-256 is what counts.
+    return hashlib.sha1(_template_data(line), usedforsecurity=False).hexdigest() == line["sha1"]
 
 
 def _extended(value: bytes, data: bytes) -> bytes:

@@ -27,7 +27,7 @@ class KeylimeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         ),
     ] = False
     uuid: Annotated[
-        Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,80}$")] | None, Meta(description="The node's name in Keylime.")
+        Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None, Meta(description="The node's name in Keylime.")
     ] = None
     listen: Annotated[str, Meta(description="ADDRESS:PORT of the listener for Keylime's verifier and tenant.")] = (
         "127.0.0.1:9002"

@@ -98,7 +98,7 @@ def _query(request: web.Request, *names: str) -> dict[str, str]:
     Raises:
         PeerError: 400.
     """
-    if sorted(request.query) != sorted(names):
+    if sorted(name for name, _ in request.query.items()) != sorted(names):  # its keys alone would hide what is repeated
         raise PeerError(400, "query", f"the parameters are {', '.join(names)}, each once")
     for name in names:
         if not _FORMS[name].fullmatch(request.query[name]):
