@@ -1,15 +1,17 @@
 """A whole node against a stock Keylime: its registrar, verifier and tenant, as their wheel has them."""
 
 import contextlib
+import http.client
 import shutil
 import socket
+import ssl
 
 import pytest
 
 from agent.attest.measurement import boot_aggregate
 from tests.support.keylime import Keylime
 from tests.support.models import write_tiny
-from tests.support.node import infer, records, sign_and_place, until
+from tests.support.node import WAIT_S, infer, records, sign_and_place, until
 from tools.demo_node import DemoNode, edgewarden
 from tools.software_tpm import SoftwareTpm
 
@@ -134,6 +136,33 @@ def test_a_node_serves_while_the_registrar_is_down(node_home, tmp_path, keylime,
         assert nowhere in failed["error"]
         assert _detail(node)["registered"] is False
         assert nowhere in _detail(node)["why"]
+
+
+def _ask(node, path, certificate, key):
+    """Call the listener with a client certificate; returns the status, or raises what TLS says."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(node.root / "state" / "keylime-listener.pem")
+    context.load_cert_chain(certificate, key)
+    host, _, port = node.overrides["attest"]["keylime"]["listen"].partition(":")
+    client = http.client.HTTPSConnection(host, int(port), timeout=WAIT_S, context=context)
+    try:
+        client.request("GET", path)
+        return client.getresponse().status
+    finally:
+        client.close()
+
+
+def test_only_the_verifier_s_ca_opens_the_listener(node, keylime):
+    """A certificate of Keylime's CA is answered, one of another CA, though the node trusts it elsewhere, ends in the handshake."""
+    mine = (keylime.ca.parent / "client-cert.crt", keylime.ca.parent / "client-private.pem")
+    assert _ask(node, "/version", *mine) == 200
+    assert _ask(node, "/v2.5/quotes/identity?nonce=abc", *mine) == 200
+    assert _ask(node, "/v2.5/quotes/identity?nonce=", *mine) == 400
+    assert _ask(node, "/v2.5/keys/pubkey", *mine) == 404
+    alice = node.client_files("alice")
+    with pytest.raises((ssl.SSLError, ConnectionError, http.client.RemoteDisconnected)):
+        _ask(node, "/version", alice["cert"], alice["key"])
 
 
 def test_the_kernel_s_own_measurements_keep_the_mode_off(node_home, tmp_path, keylime, tpm):
