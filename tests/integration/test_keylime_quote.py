@@ -127,3 +127,31 @@ async def test_an_entry_is_measured_when_it_is_in_both_logs(swtpm, tmp_path):
         assert log.settled is not None
         assert log.settled.count == 2
         await log.check()  # the node's own Evidence goes on
+
+
+@pytest.mark.parametrize("pcr", [10, 14])
+async def test_a_failure_between_the_logs_is_recovered(pcr, swtpm, tmp_path, monkeypatch):
+    """An extend that fails in one of the logs measures nothing; both recover by themselves, and the mirror claims no less than the other."""
+    extend = Tpm.extend
+
+    def failing(self, index, data):
+        if index == pcr:
+            raise TpmError("TPM: refused")
+        extend(self, index, data)
+
+    async with _thread(swtpm) as thread:
+        mirror = await _log(thread, tmp_path)
+        log = await MeasurementLog.open(thread, tmp_path / "own", 14)
+        log.mirror_to(mirror)
+        monkeypatch.setattr(Tpm, "extend", failing)
+        with pytest.raises(TpmError, match="refused"):
+            await log.append(config_entry(CONFIG))
+        monkeypatch.setattr(Tpm, "extend", extend)
+    async with _thread(swtpm) as thread:  # another agent finds what this one left
+        mirror = await _log(thread, tmp_path)
+        log = await MeasurementLog.open(thread, tmp_path / "own", 14)
+        await mirror.check()
+        await log.check()
+        assert mirror.settled is not None
+        assert log.settled is not None
+        assert (mirror.settled.count, log.settled.count) == ((2, 1) if pcr == 10 else (2, 2))
