@@ -28,6 +28,7 @@ from agent.errors import VerificationError
 __all__ = [
     "ALLOWED_PCRS",
     "BOOT_AGGREGATE",
+    "KERNEL_PCR",
     "MAX_ENTRY_BYTES",
     "MAX_LOG_BYTES",
     "MAX_LOG_ENTRIES",
@@ -54,6 +55,8 @@ PCR_BYTES = 32  # SHA-256 bank
 ZERO_PCR = bytes(PCR_BYTES)
 ALLOWED_PCRS = frozenset({8, 9, 11, 12, 13, 14, 15})
 """PCRs that can hold the log: 0-7 are the firmware's, 10 is the kernel's, 16 and 23 are resettable at locality 0."""
+KERNEL_PCR = 10
+"""Where Linux keeps its own IMA list; Keylime takes a list from nowhere else."""
 
 BOOT_AGGREGATE = "boot_aggregate"
 _TEMPLATE = b"ima-ng"

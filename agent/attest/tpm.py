@@ -2,25 +2,19 @@
 
 Rules:
 
-1. The attestation key is a primary key of the endorsement hierarchy from the fixed template: the same TPM makes the
-   same key again, so nothing is stored. A TPM that makes another key than the enrolled one was cleared.
+1. An attestation key is a primary key of the endorsement hierarchy from a fixed template: the same TPM makes the same
+   key again, so nothing is stored. A TPM that makes another key than the enrolled one was cleared.
 2. An extend goes to every allocated bank, each with its own hash of the same data.
-3. :class:`TpmThread` runs everything on one thread, off the event loop, in the order of the calls. A call that does not
-   end in time fails, and so do all that wait behind it and all that come before the next attempt: fail closed. The
-   stuck thread is left behind with its connection; a new thread with a new connection is tried with a growing delay.
-4. A job that was left behind may still take effect: :attr:`TpmThread.outstanding` counts those, and who changes a PCR
-   waits until it is zero.
+3. A credential is activated under the policy that the default endorsement templates hold: PolicySecret of the endorsement hierarchy. The
+   session and the endorsement key are flushed whatever happens.
+4. The door blocks; :mod:`agent.attest.tpm_thread` keeps it off the event loop.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hashlib
-import math
-import queue
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,27 +24,27 @@ from tpm2_pytss import (
     TPM2_ALG,
     TPM2_CAP,
     TPM2_HC,
+    TPM2_SE,
     TPM2B_DATA,
+    TPM2B_ENCRYPTED_SECRET,
+    TPM2B_ID_OBJECT,
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
     TPML_DIGEST_VALUES,
     TPML_PCR_SELECTION,
     TPMT_HA,
     TPMT_PUBLIC,
+    TPMT_SYM_DEF,
     TPMU_HA,
     TSS2_Exception,
 )
 from tpm2_pytss.utils import NVReadEK, create_ek_template
 
-from agent.attest.structures import AK_TEMPLATE, ClockInfo, parse_ak_public
+from agent.attest.structures import AkKind, ClockInfo, parse_ak_public, parse_rsa_ak_public
 from agent.errors import TpmError
 
-__all__ = ["CALL_TIMEOUT_S", "CONNECT_TIMEOUT_S", "Endorsement", "Tpm", "TpmClearedError", "TpmThread"]
+__all__ = ["DEFAULT_EK_PROFILES", "EK_PROFILES", "Endorsement", "Tpm", "TpmClearedError"]
 
-CALL_TIMEOUT_S = 10.0
-CONNECT_TIMEOUT_S = 30.0  # a discrete TPM may need seconds to make a primary key
-FIRST_RETRY_S = 0.5
-MAX_RETRY_S = 30.0
 MAX_TRANSIENT_HANDLES = 64
 MAX_BANKS = 16
 PCRS_PER_READ = 8  # TPM2_PCR_Read answers with at most 8 digests
@@ -66,7 +60,8 @@ _BANK_HASHES = {
     0x0028: "sha3_384",
     0x0029: "sha3_512",
 }
-_EK_TYPES = ("EK-RSA2048", "EK-ECC256", "EK-HIGH-RSA2048", "EK-HIGH-ECC256", "EK-HIGH-ECC384")
+EK_PROFILES = ("EK-RSA2048", "EK-ECC256", "EK-HIGH-RSA2048", "EK-HIGH-ECC256", "EK-HIGH-ECC384")
+DEFAULT_EK_PROFILES = ("EK-RSA2048", "EK-ECC256")  # whose policy is PolicySecret of the endorsement hierarchy
 _T = TypeVar("_T")
 
 
@@ -113,8 +108,8 @@ class Tpm:
         try:
             self._flush_stale()
             self._banks = self._allocated_banks()
-            self._ak = ESYS_TR.NONE
-            self._ak, self.ak_public = self._create_ak()
+            self._keys: dict[AkKind, tuple[Any, bytes]] = {}
+            _, self.ak_public = self._key(AkKind.ECC_P256)
             if enrolled_ak is not None and enrolled_ak != self.ak_public:
                 raise TpmClearedError("TPM: it makes another attestation key than the enrolled one: enrol again")
         except BaseException:
@@ -157,8 +152,15 @@ class Tpm:
             raise TpmError(f"TPM: needs a SHA-256 bank and can't extend {unknown}: allocate other PCR banks")
         return banks
 
-    def _create_ak(self) -> tuple[Any, bytes]:
-        template, _ = TPMT_PUBLIC.unmarshal(AK_TEMPLATE + bytes(4))  # an empty point
+    def _key(self, kind: AkKind) -> tuple[Any, bytes]:
+        """Return handle and TPMT_PUBLIC of an attestation key; it is made where this connection has not made it yet."""
+        if kind not in self._keys:
+            self._keys[kind] = self._create_ak(kind)
+        return self._keys[kind]
+
+    def _create_ak(self, kind: AkKind) -> tuple[Any, bytes]:
+        ecc = kind is AkKind.ECC_P256
+        template, _ = TPMT_PUBLIC.unmarshal(kind.value + bytes(4 if ecc else 2))  # an empty point, or modulus
         handle, public, *_ = self._run(
             "create the attestation key",
             self._esys.create_primary,
@@ -166,7 +168,12 @@ class Tpm:
             TPM2B_PUBLIC(publicArea=template),
             ESYS_TR.ENDORSEMENT,
         )
-        return handle, parse_ak_public(public.publicArea.marshal()).marshaled
+        marshaled = bytes(public.publicArea.marshal())
+        return handle, parse_ak_public(marshaled).marshaled if ecc else parse_rsa_ak_public(marshaled)
+
+    def rsa_ak_public(self) -> bytes:
+        """Return the TPMT_PUBLIC of the second attestation key; making it may take a discrete TPM many seconds."""
+        return self._key(AkKind.RSA_2048)[1]
 
     def clock(self) -> ClockInfo:
         """Read clock, resetCount and restartCount; not signed."""
@@ -195,24 +202,29 @@ class Tpm:
         )
         self._run(f"extend PCR {pcr}", self._esys.pcr_extend, ESYS_TR(pcr), digests)
 
-    def quote(self, indices: Iterable[int], extra_data: bytes) -> tuple[bytes, bytes]:
-        """Quote PCRs of the SHA-256 bank.
+    def reset(self, pcr: int) -> None:
+        """Set a PCR to zero in every bank, where the TPM lets locality 0 do so: 16 and 23."""
+        self._run(f"reset PCR {pcr}", self._esys.pcr_reset, ESYS_TR(pcr))
+
+    def quote(self, indices: Iterable[int], extra_data: bytes, ak: AkKind = AkKind.ECC_P256) -> tuple[bytes, bytes]:
+        """Quote PCRs of the SHA-256 bank by an attestation key.
 
         Returns:
             TPMS_ATTEST and TPMT_SIGNATURE as the TPM wrote them.
         """
         selection = _selection(sorted(set(indices)))
+        key, _ = self._key(ak)
         try:
-            attest, signature = self._esys.quote(self._ak, selection, TPM2B_DATA(extra_data))
+            attest, signature = self._esys.quote(key, selection, TPM2B_DATA(extra_data))
         except TSS2_Exception as error:
             self._broken = True  # the TPM may have been reset under this connection: then the key's handle is gone
             raise _ours(error, "quote") from error
         return bytes(attest), signature.marshal()
 
-    def endorsements(self) -> tuple[Endorsement, ...]:
-        """Read each endorsement key that has a certificate in the TPM (TCG EK Credential Profile 2.5)."""
+    def endorsements(self, profiles: Iterable[str] = EK_PROFILES) -> tuple[Endorsement, ...]:
+        """Read each endorsement key that has a certificate in the TPM (TCG EK Credential Profile 2.5); each is made, which takes its time."""
         found = []
-        for profile in _EK_TYPES:
+        for profile in profiles:
             try:
                 certificate, template = create_ek_template(profile, NVReadEK(self._esys))
             except ValueError:  # this profile has no certificate here
@@ -224,168 +236,105 @@ class Tpm:
         return tuple(found)
 
     def _public_of(self, template: Any) -> bytes:  # noqa: ANN401 -- tpm2_pytss has no type information
-        def create() -> bytes:
-            handle, public, *_ = self._esys.create_primary(TPM2B_SENSITIVE_CREATE(), template, ESYS_TR.ENDORSEMENT)
-            self._esys.flush_context(handle)
+        with self._endorsement_key(template) as (_, public):
             return bytes(public.publicArea.marshal())
 
-        return self._run("create an endorsement key", create)
+    def ek_public(self, profile: str) -> bytes:
+        """Return the TPMT_PUBLIC of a default endorsement key, with or without a certificate.
+
+        Raises:
+            TpmError: the TPM refused, or the profile is none of the default ones.
+        """
+        return self._public_of(self._ek_template(profile))
+
+    def activate_credential(
+        self, ak: AkKind, ek_profile: str, credential_blob: bytes, encrypted_secret: bytes
+    ) -> bytes:
+        """Prove that an attestation key is in the TPM of an endorsement key: decrypt what was made for the two of them.
+
+        Args:
+            ak: the key that the credential names.
+            ek_profile: ``EK-RSA2048`` or ``EK-ECC256``: the key that it was encrypted to.
+            credential_blob: TPM2B_ID_OBJECT of MakeCredential.
+            encrypted_secret: TPM2B_ENCRYPTED_SECRET of MakeCredential.
+
+        Returns:
+            The credential.
+
+        Raises:
+            TpmError: it is not for these keys, or no such thing, or the TPM did not do its part.
+        """
+        template = self._ek_template(ek_profile)
+        key, _ = self._key(ak)
+        blob = _unmarshal(TPM2B_ID_OBJECT, credential_blob)
+        secret = _unmarshal(TPM2B_ENCRYPTED_SECRET, encrypted_secret)
+        with self._endorsement_key(template) as (ek, _), self._endorsement_session() as session:
+            found = self._run(
+                "activate a credential",
+                lambda: self._esys.activate_credential(
+                    key, ek, blob, secret, session1=ESYS_TR.PASSWORD, session2=session
+                ),
+            )
+        return bytes(found)
+
+    def _ek_template(self, profile: str) -> Any:  # noqa: ANN401 -- as above
+        if profile not in DEFAULT_EK_PROFILES:
+            raise TpmError(f"TPM: {profile[:32]!r} is none of the endorsement keys {', '.join(DEFAULT_EK_PROFILES)}")
+        return self._run(f"read the template of {profile}", create_ek_template, profile, NVReadEK(self._esys))[1]
+
+    @contextmanager
+    def _endorsement_key(self, template: Any) -> Iterator[tuple[Any, Any]]:  # noqa: ANN401 -- as above
+        handle, public, *_ = self._run(
+            "create an endorsement key",
+            self._esys.create_primary,
+            TPM2B_SENSITIVE_CREATE(),
+            template,
+            ESYS_TR.ENDORSEMENT,
+        )
+        try:
+            yield handle, public
+        finally:
+            self._flush(handle)
+
+    @contextmanager
+    def _endorsement_session(self) -> Iterator[Any]:
+        session = self._run(
+            "start a session",
+            self._esys.start_auth_session,
+            ESYS_TR.NONE,
+            ESYS_TR.NONE,
+            TPM2_SE.POLICY,
+            TPMT_SYM_DEF(algorithm=TPM2_ALG.NULL),
+            TPM2_ALG.SHA256,
+        )
+        try:
+            self._run("satisfy the endorsement key's policy", self._esys.policy_secret, ESYS_TR.ENDORSEMENT, session)
+            yield session
+        finally:
+            self._flush(session)
+
+    def _flush(self, handle: Any) -> None:  # noqa: ANN401 -- as above
+        if not self._broken:
+            self._run("flush a context", self._esys.flush_context, handle)
 
     def close(self) -> None:
-        """Flush the attestation key and end the connection."""
+        """Flush the attestation keys and end the connection."""
         try:
-            if not self._broken:
-                self._run("flush the attestation key", self._esys.flush_context, self._ak)
+            for handle, _ in self._keys.values():
+                self._flush(handle)
         finally:
             self._esys.close()
 
 
+def _unmarshal(kind: Any, data: bytes) -> Any:  # noqa: ANN401 -- tpm2_pytss has no type information
+    try:
+        value, used = kind.unmarshal(data)
+    except TSS2_Exception as error:
+        raise _ours(error, f"read a {kind.__name__}") from error
+    if used != len(data):
+        raise TpmError(f"TPM: {len(data)} bytes are no {kind.__name__}")
+    return value
+
+
 def _selection(indices: list[int]) -> Any:  # noqa: ANN401 -- tpm2_pytss has no type information
     return TPML_PCR_SELECTION.parse("sha256:" + ",".join(map(str, indices)))
-
-
-class _Worker:
-    """A thread with a connection of its own, made by its first job. Daemonic: a stuck driver must not hold the process."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, connect: Callable[[], Tpm]) -> None:
-        self._loop = loop
-        self._connect = connect
-        self._jobs: queue.SimpleQueue[tuple[Callable[[Tpm], Any], asyncio.Future[Any]] | None] = queue.SimpleQueue()
-        self._tpm: Tpm | None = None
-        self._thread = threading.Thread(target=self._serve, name="tpm", daemon=True)
-        self.connected = False
-        self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def submit(self, job: Callable[[Tpm], _T]) -> asyncio.Future[_T]:
-        future: asyncio.Future[_T] = self._loop.create_future()
-        self._jobs.put((job, future))
-        return future
-
-    def stop(self) -> None:
-        """Let the thread end, and its connection with it, once the job that it is in has ended."""
-        self._jobs.put(None)
-
-    def join(self, timeout_s: float | None) -> None:
-        self._thread.join(timeout_s)
-
-    def _serve(self) -> None:
-        while (item := self._jobs.get()) is not None:
-            job, future = item
-            result, failure = None, None
-            try:
-                if self._tpm is None:
-                    self._tpm = self._connect()
-                result = job(self._tpm)
-            except Exception as error:  # noqa: BLE001 -- carried to the loop's thread and raised where the call is awaited
-                failure = error
-            self.connected = self._tpm is not None and not self._tpm.broken
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self._loop.call_soon_threadsafe(_settle, future, result, failure)
-        if self._tpm is not None:
-            with contextlib.suppress(TpmError):  # the connection ends, and what it held ends with it
-                self._tpm.close()
-
-
-def _settle(future: asyncio.Future[Any], result: object, failure: Exception | None) -> None:
-    if future.done():  # its caller ran out of time or was cancelled
-        return
-    if failure is None:
-        future.set_result(result)
-    else:
-        future.set_exception(failure)
-
-
-class TpmThread:
-    """A TPM for an event loop. Make it inside the running loop.
-
-    Args:
-        tcti: as for :class:`Tpm`.
-        enrolled_ak: as for :class:`Tpm`.
-        call_timeout_s: longest time for one call.
-        connect_timeout_s: the same for a call that must connect first.
-        first_retry_s: how long calls fail at once after a failure; doubles with each, up to :data:`MAX_RETRY_S`.
-    """
-
-    def __init__(
-        self,
-        tcti: str,
-        enrolled_ak: bytes | None = None,
-        *,
-        call_timeout_s: float = CALL_TIMEOUT_S,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S,
-        first_retry_s: float = FIRST_RETRY_S,
-    ) -> None:
-        self._connect = lambda: Tpm(tcti, enrolled_ak)
-        self._call_timeout_s = call_timeout_s
-        self._connect_timeout_s = connect_timeout_s
-        self._first_retry_s = first_retry_s
-        self._loop = asyncio.get_running_loop()
-        self._turn = asyncio.Lock()
-        self._worker: _Worker | None = None
-        self._left_behind: list[_Worker] = []
-        self._failures = 0
-        self._failure = TpmError("TPM: not connected")
-        self._next_attempt = 0.0
-
-    @property
-    def outstanding(self) -> int:
-        """How many jobs that ran out of time may still take effect."""
-        self._left_behind = [worker for worker in self._left_behind if worker.alive]
-        return len(self._left_behind)
-
-    @property
-    def answering(self) -> bool:
-        """Whether the last call was answered, if only by a refusal."""
-        return self._failures == 0
-
-    async def call(self, job: Callable[[Tpm], _T]) -> _T:
-        """Run a job on the TPM's thread, after those that were called before.
-
-        Raises:
-            TpmError: the TPM refused, did not answer in time, can't be reached, or waits for its next attempt.
-        """
-        async with self._turn:
-            worker, limit_s = self._begin()
-            try:
-                async with asyncio.timeout(limit_s):
-                    result = await worker.submit(job)
-            except TimeoutError:
-                raise self._fail(worker, TpmError(f"TPM: no answer within {limit_s} s")) from None
-            except TpmError as error:
-                if worker.connected:
-                    self._failures = 0
-                    raise
-                raise self._fail(worker, error) from error
-            self._failures = 0
-            return result
-
-    def _begin(self) -> tuple[_Worker, float]:
-        if self._worker is not None:
-            return self._worker, self._call_timeout_s
-        wait_s = self._next_attempt - self._loop.time()
-        if wait_s > 0:
-            raise type(self._failure)(f"{self._failure}; calls fail at once until the next attempt")
-        self._worker = _Worker(self._loop, self._connect)
-        return self._worker, self._connect_timeout_s
-
-    def _fail(self, worker: _Worker, failure: TpmError) -> TpmError:
-        worker.stop()
-        self._left_behind.append(worker)
-        self._worker = None
-        self._next_attempt = self._loop.time() + min(self._first_retry_s * 2**self._failures, MAX_RETRY_S)
-        self._failures += 1
-        self._failure = failure
-        return failure
-
-    async def close(self) -> None:
-        """End the connection, or leave a stuck one behind after :data:`CALL_TIMEOUT_S` or what was given for it."""
-        async with self._turn:
-            if self._worker is not None:
-                worker = self._worker
-                self._fail(worker, TpmError("TPM: closed"))
-                self._next_attempt = math.inf
-                await asyncio.to_thread(worker.join, self._call_timeout_s)

@@ -52,6 +52,7 @@ def command() -> None:
 
 
 command.add_command(reference.command)
+command.add_command(reference.keylime_policy)
 
 
 @command.command()

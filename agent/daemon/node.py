@@ -24,6 +24,7 @@ from agent.control.health import Health, Metrics
 from agent.errors import HostError, PeerError, VerificationError
 from agent.flows.attestation import AttestationFlow
 from agent.flows.dataplane import Dataplane
+from agent.flows.keylime import KeylimeFlow
 from agent.flows.models import ModelKeeper
 from agent.flows.policies import PolicyKeeper
 from agent.policy.client import PolicyClient
@@ -52,6 +53,7 @@ class Node:
     models: ModelKeeper = field(init=False)
     policies: PolicyKeeper = field(init=False)
     attestation: AttestationFlow = field(init=False)
+    keylime: KeylimeFlow | None = field(default=None, init=False)
 
     # --- what the flows ask for
 
