@@ -60,7 +60,7 @@ async def append(connection: AsyncConnection, entry: AuditEntry) -> None:
     words = {"words": entry.words[:MAX_WORDS_CHARS]} if entry.words else {}
     record = canonical({**plain, **words, "sequence": row.size, "time": clock.rfc3339(clock.now_us())})
     tree = Frontier(row.size, _split(row.peaks))
-    tree.append(record)
+    tree.append(leaf_hash(record))
     await connection.execute(audit.insert().values(sequence=row.size, record=record))
     await connection.execute(update(audit_head).values(size=tree.size, peaks=b"".join(tree.peaks)))
 

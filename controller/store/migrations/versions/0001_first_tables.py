@@ -200,6 +200,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["node"], ["nodes.id"], name=op.f("fk_states_node"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("node", name=op.f("pk_states")),
     )
+    op.execute("INSERT INTO audit_head (id, size, peaks) VALUES (1, 0, '')")
 
 
 def downgrade() -> None:
