@@ -30,13 +30,17 @@ __all__ = [
     "NodeRecord",
     "add",
     "answered",
+    "certified",
+    "check_free",
     "claim",
     "count",
     "find",
     "history",
     "hurry",
     "load",
+    "postpone",
     "release",
+    "row",
     "save",
     "silent",
     "table",
@@ -121,14 +125,7 @@ async def add(connection: AsyncConnection, node: NewNode, now_us: int) -> None:
     Raises:
         PeerError: 409, when its name or its TPM is enrolled already: an operator must release it first.
     """
-    taken = await connection.execute(
-        select(nodes.c.id).where((nodes.c.id == node.id) | (nodes.c.ek_sha256 == node.ek_sha256))
-    )
-    if (other := taken.scalar()) is not None:
-        what = "its name" if other == node.id else "its TPM"
-        raise PeerError(
-            409, "enrolled_already", f"{what} is enrolled as {other}: an operator must release that node first"
-        )
+    await check_free(connection, node.id, node.ek_sha256)
     interval_s = (await connection.execute(select(groups.c.interval_s).where(groups.c.name == node.group))).scalar_one()
     await connection.execute(
         insert(nodes).values(
@@ -148,6 +145,31 @@ async def add(connection: AsyncConnection, node: NewNode, now_us: int) -> None:
     # Nodes that come together are spread over an interval.
     due_us = now_us + interval_s * 500_000 + secrets.randbelow(interval_s * 500_000 + 1)
     await connection.execute(insert(polls).values(node=node.id, due_us=due_us, failures=0, contact_us=now_us))
+
+
+async def check_free(connection: AsyncConnection, node: str, ek_sha256: str) -> None:
+    """Make sure that neither a name nor a TPM is enrolled.
+
+    Raises:
+        PeerError: 409.
+    """
+    query = select(nodes.c.id).where((nodes.c.id == node) | (nodes.c.ek_sha256 == ek_sha256))
+    other = (await connection.execute(query.limit(1))).scalar()
+    if other is not None:
+        what = "this name" if other == node else "this TPM"
+        words = f"{what} is enrolled already, as {other}: an operator must release that node first"
+        raise PeerError(409, "enrolled_already", words)
+
+
+async def postpone(connection: AsyncConnection, node: str, due_us: int) -> None:
+    """Say when a node that pushes would be late."""
+    await connection.execute(update(polls).where(polls.c.node == node).values(due_us=due_us))
+
+
+async def certified(connection: AsyncConnection, node: str, spki_sha256: str, until_us: int) -> None:
+    """Note a renewed certificate."""
+    values = {"spki_sha256": spki_sha256, "certificate_until_us": until_us}
+    await connection.execute(update(nodes).where(nodes.c.id == node).values(**values))
 
 
 def _records() -> Any:  # noqa: ANN401 -- a join of many columns has no short type
@@ -225,7 +247,7 @@ async def claim(connection: AsyncConnection, now_us: int, limit: int) -> list[Du
     return [Due(row.node, now_us - row.due_us) for row in rows]
 
 
-def _next(row: Row[Any], now_us: int) -> int:
+def _next(row: Row[Any, Any, Any, Any], now_us: int) -> int:
     """Return when a node is due again: an interval later, more for one that does not answer, with jitter."""
     interval_us = row.interval_s * 1_000_000
     wait_us = interval_us * min(2**row.failures, MAX_BACKOFF)
@@ -318,7 +340,26 @@ async def release(connection: AsyncConnection, node: str) -> None:
 
 async def table(connection: AsyncConnection, group: str | None, after: str, limit: int) -> list[dict[str, Any]]:
     """Return nodes in the order of their names, with their last result and whether they answer."""
-    query = (
+    query = _rows().where(nodes.c.id > after).order_by(nodes.c.id).limit(limit)
+    if group is not None:
+        query = query.where(nodes.c.group_name == group)
+    return [dict(row) for row in (await connection.execute(query)).mappings()]
+
+
+async def row(connection: AsyncConnection, node: str) -> dict[str, Any]:
+    """Return one node as :func:`table` does.
+
+    Raises:
+        PeerError: 404.
+    """
+    found = (await connection.execute(_rows().where(nodes.c.id == node))).mappings().one_or_none()
+    if found is None:
+        raise PeerError(404, "not_enrolled", f"no node {node!r} is enrolled here")
+    return dict(found)
+
+
+def _rows() -> Any:  # noqa: ANN401 -- as above
+    return (
         select(
             nodes.c.id,
             nodes.c.group_name,
@@ -338,18 +379,13 @@ async def table(connection: AsyncConnection, group: str | None, after: str, limi
             states.c.checks,
             states.c.claims,
             states.c.version,
+            states.c.nonce,
             states.c.log_index,
         )
         .join(groups, groups.c.name == nodes.c.group_name)
         .join(polls, polls.c.node == nodes.c.id)
         .outerjoin(states, states.c.node == nodes.c.id)
-        .where(nodes.c.id > after)
-        .order_by(nodes.c.id)
-        .limit(limit)
     )
-    if group is not None:
-        query = query.where(nodes.c.group_name == group)
-    return [dict(row) for row in (await connection.execute(query)).mappings()]
 
 
 async def history(connection: AsyncConnection, node: str, limit: int) -> list[dict[str, Any]]:

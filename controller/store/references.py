@@ -47,7 +47,7 @@ async def get(connection: AsyncConnection, group: str, version: int) -> Referenc
 
 
 async def put(
-    connection: AsyncConnection, group: str, version: int, values: ReferenceValues, change: str, by: str, now_us: int
+    connection: AsyncConnection, group: str, version: int, values: ReferenceValues, *, change: str, by: str, now_us: int
 ) -> int:
     """Put the next version in force; returns its number. ``version`` is the one that it follows."""
     await connection.execute(
