@@ -3,7 +3,7 @@
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
-from agent.attest.appraisal import Expectation
+from agent.attest.appraisal import Appraisal, Expectation, Verified, appraise
 from agent.attest.evidence import AuditHead, Claims, Evidence, PcrValues, extra_data, quoted_pcrs
 from agent.attest.measurement import (
     ZERO_PCR,
@@ -145,3 +145,37 @@ def with_reference(**changes: Any) -> ReferenceValues:
 
 def state_of(*entries: Entry) -> LogState:
     return LogState().after(entries, at_start=True)
+
+
+@dataclass
+class PolledNode:
+    """A node whose log grows, and a Verifier that asks for what is new and keeps what it verified."""
+
+    attester: Attester = field(default_factory=Attester)
+    log: list[Entry] = field(default_factory=lambda: list(ENTRIES))
+    verified: Verified | None = None
+
+    def poll(self, *new: Entry, reference: ReferenceValues = REFERENCE) -> Appraisal:
+        """Append entries, then ask from the last verified index."""
+        self.log += new
+        before = self.verified
+        clock = self.attester.clock
+        start = before.index if before is not None and before.reset_count == clock.reset_count else 0
+        return self._ask(start, reference)
+
+    def poll_anew(self, reference: ReferenceValues = REFERENCE) -> Appraisal:
+        """Ask for the whole log."""
+        return self._ask(0, reference)
+
+    def reset(self) -> None:
+        """Boot anew: the TPM counts it, and a new log begins."""
+        self.attester.clock = replace(self.attester.clock, reset_count=self.attester.clock.reset_count + 1)
+        self.log = list(ENTRIES)
+
+    def _ask(self, start: int, reference: ReferenceValues) -> Appraisal:
+        self.attester.clock = replace(self.attester.clock, clock=self.attester.clock.clock + 1)
+        evidence = self.attester.evidence(self.log, start=start, policy_sha256=state_of(*self.log).policy)
+        asked = expectation(self.attester, reference=reference, verified=self.verified)
+        found = appraise(evidence.encode(), asked)
+        self.verified = found.verified or self.verified
+        return found

@@ -1,6 +1,6 @@
 """Appraisal: what holds, what is forged, and which check says so."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -10,25 +10,17 @@ from hypothesis import strategies as st
 
 from agent.attest import appraisal
 from agent.attest.appraisal import CHECKS, Verified, appraise
-from agent.attest.evidence import PcrValues, extra_data
+from agent.attest.evidence import PcrValues
 from agent.attest.measurement import (
-    Entry,
     config_entry,
     model_entry,
-    policy_entry,
-    refused_entry,
     replay,
-    unload_entry,
 )
-from agent.attest.reference import BootRule, Measurement, PolicyReference, ReferenceValues
+from agent.attest.reference import Measurement
 from agent.attest.structures import ClockInfo
 from agent.errors import VerificationError
 from tests.support.attest import (
-    BOOT_PCRS,
-    CONFIG,
     ENTRIES,
-    MODEL,
-    NONCE,
     PCR,
     POLICY,
     Attester,
@@ -246,148 +238,3 @@ def test_a_log_over_the_limit_is_refused(monkeypatch):
     result = appraise(HONEST.evidence(start=2).encode(), expectation(verified=_verified()))
     assert result.failed is not None
     assert (result.failed.name, "more than" in result.failed.words) == ("log-replay", True)
-
-
-BAD = digest("bad")
-PINNED = with_reference(boot={0: BootRule("pinned", frozenset({"00" * 32})), 7: BootRule("ignored")})
-EXACT = with_reference(boot={0: BootRule("exact", frozenset({"00" * 32}))})
-APPROVED_BOOT = with_reference(boot={0: BootRule("exact", frozenset({BOOT_PCRS[0].hex()}))})
-WITHDRAWN = with_reference(models={}, withdrawn={"m/1/model.onnx": frozenset({MODEL.hex()})})
-ROLLOUT = with_reference(policy=PolicyReference(assigned=BAD.hex(), previous=POLICY.hex()))
-RETIRED = with_reference(policy=PolicyReference(assigned=BAD.hex(), retired=frozenset({POLICY.hex()})))
-
-
-@dataclass(frozen=True)
-class State:
-    """A true log, what is approved, and what must be said about it."""
-
-    words: str
-    entries: tuple[Entry, ...]
-    status: str
-    check: str = ""
-    reference: ReferenceValues = ASKED.reference
-    claims: tuple[tuple[str, str], ...] = ()
-
-
-STATES = [
-    State("an unapproved model is in force", (model_entry("m", "2", "f", BAD),), "contraindicated", "models"),
-    State(
-        "another digest at an approved path", (model_entry("m", "1", "model.onnx", BAD),), "contraindicated", "models"
-    ),
-    State(
-        "an unapproved model was unloaded",
-        (model_entry("m", "2", "f", BAD), unload_entry("m", "2")),
-        "contraindicated",
-        "models",
-    ),
-    State(
-        "an unapproved model was repaired",
-        (model_entry("m", "1", "model.onnx", BAD), model_entry("m", "1", "model.onnx", MODEL)),
-        "contraindicated",
-        "models",
-    ),
-    State("a withdrawn model is in force", (), "contraindicated", "models", WITHDRAWN),
-    State("a withdrawn model was unloaded", (unload_entry("m", "1"),), "affirming", "", WITHDRAWN),
-    State("a file was refused", (refused_entry("m", "2", "f", BAD),), "warning", "refused"),
-    State(
-        "many files were refused",
-        tuple(refused_entry("m", "2", f"f{at}", BAD) for at in range(9)),
-        "warning",
-        "refused",
-    ),
-    State(
-        "a refused file was repaired",
-        (refused_entry("m", "1", "model.onnx", BAD), model_entry("m", "1", "model.onnx", MODEL)),
-        "affirming",
-    ),
-    State("unapproved settings", (config_entry(BAD),), "contraindicated", "config"),
-    State("unapproved settings for a time", (config_entry(BAD), config_entry(CONFIG)), "contraindicated", "config"),
-    State(
-        "an unapproved policy",
-        (policy_entry("r2", BAD),),
-        "contraindicated",
-        "policy",
-        claims=(("policy_sha256", BAD.hex()),),
-    ),
-    State(
-        "an unapproved policy for a time",
-        (policy_entry("r2", BAD), policy_entry("r1", POLICY)),
-        "contraindicated",
-        "policy",
-    ),
-    State("the policy before a rollout", (), "affirming", "", ROLLOUT),
-    State(
-        "the policy of a rollout",
-        (policy_entry("r2", BAD),),
-        "affirming",
-        "",
-        ROLLOUT,
-        claims=(("policy_sha256", BAD.hex()),),
-    ),
-    State("a retired policy in force", (), "contraindicated", "policy", RETIRED),
-    State(
-        "a retired policy earlier",
-        (policy_entry("r2", BAD),),
-        "affirming",
-        "",
-        RETIRED,
-        claims=(("policy_sha256", BAD.hex()),),
-    ),
-    State("the claims name another policy", (), "contraindicated", "policy", claims=(("policy_sha256", BAD.hex()),)),
-    State("a pinned boot PCR changed", (), "warning", "boot-pcrs", PINNED),
-    State("an exact boot PCR is wrong", (), "contraindicated", "boot-pcrs", EXACT),
-    State("an exact boot PCR is right", (), "affirming", "", APPROVED_BOOT),
-]  # fmt: skip -- a table
-
-
-@pytest.mark.parametrize("case", STATES, ids=[case.words for case in STATES])
-def test_a_true_state_is_held_against_the_reference_values(case):
-    """True Evidence is affirming, a warning or contraindicated, by the first finding, and can always be continued."""
-    evidence = HONEST.evidence((*ENTRIES, *case.entries), **dict(case.claims))
-    result = appraise(evidence.encode(), expectation(reference=case.reference))
-    assert result.status == case.status
-    findings = [check.name for check in result.checks if check.outcome not in {"ok", "skipped"}]
-    assert findings == ([case.check] if case.check else [])
-    assert result.verified is not None
-
-
-def test_a_node_that_measured_nothing_is_not_in_order():
-    """A log of the boot alone has neither settings nor a policy in force."""
-    result = appraise(HONEST.evidence(ENTRIES[:1], policy_sha256=msgspec.UNSET).encode(), ASKED)
-    assert [check.name for check in result.checks if check.outcome == "failed"] == ["config", "policy"]
-
-
-def test_a_boot_pcr_that_moved_since_the_log_began_is_a_warning():
-    """boot_aggregate is held against the quoted PCRs."""
-    result = appraise(HONEST.evidence(pcrs={3: BAD}).encode(), ASKED)
-    assert result.status == "warning"
-    assert [check.name for check in result.checks if check.outcome == "warning"] == ["boot-aggregate"]
-
-
-def test_a_log_in_a_boot_pcr_does_not_disturb_its_own_boot_aggregate():
-    """Where PCR 8 or 9 holds the log, boot_aggregate is over its start value."""
-    start = BOOT_PCRS[9]
-    attester = Attester(selected=(*range(10), 11))
-    sent = b"".join(entry.encode(9) for entry in ENTRIES)
-    evidence = attester.evidence()
-    values = BOOT_PCRS | {9: replay(ENTRIES, start)}
-    attest, signature = attester.quote(extra_data(NONCE, evidence.claims), values)
-    forged = _with(
-        evidence,
-        attest=attest,
-        signature=signature,
-        entries=sent,
-        pcrs=PcrValues({index: value.hex() for index, value in values.items()}),
-    )
-    reference = with_reference(measurement=Measurement(9, start.hex()))
-    assert appraise(forged, expectation(reference=reference)).status == "affirming"
-
-
-def test_the_first_finding_is_named():
-    """Of several findings each is shown, and the first is the failed one."""
-    bad = (model_entry("m", "2", "f", BAD), config_entry(BAD))
-    result = appraise(HONEST.evidence((*ENTRIES, *bad)).encode(), ASKED)
-    assert [check.name for check in result.checks if check.outcome == "failed"] == ["models", "config"]
-    with pytest.raises(VerificationError) as raised:
-        result.require()
-    assert raised.value.check == "models"
