@@ -65,6 +65,7 @@ class Attester:
     """Every field of the quote can be set; what is left alone is what an honest TPM would write."""
 
     key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.derive_private_key(7, ec.SECP256R1()))
+    template: bytes = AK_TEMPLATE
     magic: int = 0xFF544347
     kind: int = 0x8018
     hierarchy: int = 0x4000000B
@@ -76,7 +77,7 @@ class Attester:
     @property
     def ak_public(self) -> bytes:
         numbers = self.key.public_key().public_numbers()
-        return AK_TEMPLATE + _sized(numbers.x.to_bytes(32)) + _sized(numbers.y.to_bytes(32))
+        return self.template + _sized(numbers.x.to_bytes(32)) + _sized(numbers.y.to_bytes(32))
 
     def quote(self, qualifying: bytes, values: dict[int, bytes]) -> tuple[bytes, bytes]:
         bits = sum(1 << index for index in self.selected)
