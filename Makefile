@@ -29,7 +29,7 @@ demo: setup ## A narrated tour of a whole node; ends by itself
 run: setup ## Start the same node in the foreground (TPM=tcti for a real TPM)
 	@$(VENV)/python -m tools.demo --serve $(if $(TPM),--tpm '$(TPM)')
 
-bench: setup ## Compare with an unguarded server, in one run
+bench: setup keylime ## Compare with an unguarded server, in one run
 	$(VENV)/python -m bench.run
 
 test: setup opa oms keylime ## Run all tests
