@@ -128,10 +128,12 @@ class _Keylime:
         asked.write_text(
             json.dumps({"pcr": PCR, "policies": policies, "cases": {case.name: case.for_keylime for case in cases}})
         )
+        self._errors = (folder / "errors").open("w+")
         self._process = subprocess.Popen(
             [str(KEYLIME_PYTHON), str(ROOT / "bench" / "keylime_half.py"), str(asked)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
             env={"PATH": "/usr/bin:/bin", "KEYLIME_DIR": str(folder), "HOME": str(folder)},
         )
@@ -144,11 +146,13 @@ class _Keylime:
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("Keylime's half has ended; see its traceback above")
+            self._errors.seek(0)
+            raise RuntimeError(f"Keylime's half has ended: {self._errors.read()}")
         return float(line)
 
     def stop(self) -> None:
         self._process.communicate(timeout=30)
+        self._errors.close()
 
 
 def measure(rounds: int) -> list[Figures]:
