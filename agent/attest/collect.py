@@ -23,7 +23,8 @@ from agent.attest.evidence import (
 )
 from agent.attest.log import MeasurementLog, Snapshot
 from agent.attest.structures import parse_quote, pcr_digest
-from agent.attest.tpm import Tpm, TpmThread
+from agent.attest.tpm import Tpm
+from agent.attest.tpm_thread import TpmThread
 from agent.errors import PeerError, TpmError
 
 __all__ = ["MAX_QUOTE_ATTEMPTS", "NodeFacts", "collect_evidence"]

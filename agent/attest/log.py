@@ -38,7 +38,8 @@ from agent.attest.measurement import (
     read_entry,
     replay,
 )
-from agent.attest.tpm import Tpm, TpmClearedError, TpmThread
+from agent.attest.tpm import Tpm, TpmClearedError
+from agent.attest.tpm_thread import TpmThread
 from agent.errors import ConfigError, HostError, TpmError, VerificationError
 
 __all__ = ["KEPT_BOOTS", "MeasurementLog", "Snapshot", "TpmResetError", "check_pcr", "retire_logs"]

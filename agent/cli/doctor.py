@@ -10,7 +10,7 @@ from typing import Literal
 import click
 import msgspec
 
-from agent.attest.tpm import TpmThread
+from agent.attest.tpm_thread import TpmThread
 from agent.config import DEFAULT_CONFIG, PolicySettings, TpmSettings, load
 from agent.host.doctor import Finding, Sandbox, Setup, examine
 from agent.isolation.sandbox import probe

@@ -30,7 +30,7 @@ from aiohttp import web
 from agent import clock
 from agent.attest.log import MeasurementLog, TpmResetError
 from agent.attest.measurement import ZERO_PCR, config_entry
-from agent.attest.tpm import TpmThread
+from agent.attest.tpm_thread import TpmThread
 from agent.audit.log import AuditLog
 from agent.config import Environment, Settings
 from agent.control.health import Health, Metrics, health_application

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from agent.attest.collect import NodeFacts, collect_evidence
 from agent.attest.evidence import AuditHead
 from agent.attest.log import MeasurementLog
-from agent.attest.tpm import TpmThread
+from agent.attest.tpm_thread import TpmThread
 from agent.audit.log import AuditLog
 
 __all__ = ["AttestationFlow"]

@@ -12,7 +12,8 @@ from agent.attest.collect import MAX_QUOTE_ATTEMPTS, NodeFacts, collect_evidence
 from agent.attest.evidence import AuditHead
 from agent.attest.log import MeasurementLog
 from agent.attest.measurement import config_entry, model_entry, policy_entry, refused_entry
-from agent.attest.tpm import Tpm, TpmThread
+from agent.attest.tpm import Tpm
+from agent.attest.tpm_thread import TpmThread
 from agent.errors import PeerError, TpmError
 from tests.support.attest import CONFIG, CONTROL_SPKI, INFERENCE_SPKI, MODEL, POLICY, REFERENCE
 from tests.support.swtpm import SwTpm

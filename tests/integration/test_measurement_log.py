@@ -20,7 +20,8 @@ from agent.attest.measurement import (
     refused_entry,
     replay,
 )
-from agent.attest.tpm import Tpm, TpmClearedError, TpmThread
+from agent.attest.tpm import Tpm, TpmClearedError
+from agent.attest.tpm_thread import TpmThread
 from agent.errors import ConfigError, HostError, TpmError, VerificationError
 from tests.support.attest import CONFIG, MODEL, POLICY
 from tests.support.swtpm import SwTpm

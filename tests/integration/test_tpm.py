@@ -9,7 +9,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from tpm2_pytss import ESAPI, ESYS_TR, TPM2B_PUBLIC, TPM2B_SENSITIVE_CREATE, TPMT_PUBLIC
 
 from agent.attest.structures import AK_TEMPLATE, parse_ak_public, parse_quote, parse_signature, pcr_digest
-from agent.attest.tpm import Tpm, TpmClearedError, TpmThread
+from agent.attest.tpm import Tpm, TpmClearedError
+from agent.attest.tpm_thread import TpmThread
 from agent.errors import TpmError
 from tests.support.swtpm import SwTpm
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from agent.attest.log import MeasurementLog
 from agent.attest.measurement import model_entry
-from agent.attest.tpm import Tpm, TpmThread
+from agent.attest.tpm import Tpm
+from agent.attest.tpm_thread import TpmThread
 
 real_write, real_extend = os.write, Tpm.extend
 
