@@ -6,14 +6,15 @@ big-endian. Rules:
 1. Every length is checked against what is left, and nothing may follow the last field.
 2. Bytes that are not the structure raise :class:`~agent.errors.VerificationError` with the name of the check that a
    reader of the result knows: ``encoding``, ``attest-type``, ``ak-template``, ``signature-scheme``.
-3. An attestation key is accepted only when everything but its public point equals the fixed template
-   (:data:`AK_TEMPLATE`): a restricted key that the TPM made and that never leaves it.
+3. An attestation key is accepted only when everything but its unique part equals a fixed template (:data:`AK_TEMPLATE`, or
+   :data:`RSA_AK_TEMPLATE` for the second key): a restricted key that the TPM made and that never leaves it.
 4. The signer is recognised by its *qualified* name, which holds the hierarchy: only in the endorsement hierarchy does a
    TPM attest its counters unobfuscated.
 """
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import struct
 from collections.abc import Iterable
@@ -33,6 +34,8 @@ __all__ = [
     "MAX_ATTEST_BYTES",
     "MAX_PUBLIC_BYTES",
     "MAX_SIGNATURE_BYTES",
+    "RSA_AK_TEMPLATE",
+    "AkKind",
     "AkPublic",
     "ClockInfo",
     "PcrSelection",
@@ -40,6 +43,7 @@ __all__ = [
     "Signature",
     "parse_ak_public",
     "parse_quote",
+    "parse_rsa_ak_public",
     "parse_signature",
     "pcr_digest",
 ]
@@ -51,11 +55,14 @@ MAX_PCR_BANKS = 16  # TPML_PCR_SELECTION of the TSS
 MAX_SELECT_BYTES = 8  # bitmap of 64 PCRs; a PC client has 24
 
 ALG_SHA256 = 0x000B
+_ALG_RSA = 0x0001
 _ALG_NULL = 0x0010
+_ALG_RSASSA = 0x0014
 _ALG_ECDSA = 0x0018
 _ALG_ECC = 0x0023
 _ECC_NIST_P256 = 0x0003
 _P256_BYTES = 32
+_RSA_BITS = 2048
 _MAGIC = 0xFF544347  # TPM_GENERATED_VALUE
 _ST_ATTEST_QUOTE = 0x8018
 _RH_ENDORSEMENT = 0x4000000B
@@ -76,6 +83,27 @@ AK_TEMPLATE = struct.pack(
     _ALG_NULL,  # kdf
 )
 """TPMT_PUBLIC of the attestation key up to its ``unique`` field."""
+
+RSA_AK_TEMPLATE = struct.pack(
+    ">HHIHHHHHI",
+    _ALG_RSA,
+    ALG_SHA256,  # nameAlg
+    _AK_ATTRIBUTES,
+    0,  # no authPolicy
+    _ALG_NULL,  # symmetric
+    _ALG_RSASSA,
+    ALG_SHA256,
+    _RSA_BITS,
+    0,  # the default exponent, 65537
+)
+"""The same of the second key, for Verifiers that accept no ECDSA."""
+
+
+class AkKind(enum.Enum):
+    """Which attestation key: the one of Evidence, or the second one."""
+
+    ECC_P256 = AK_TEMPLATE
+    RSA_2048 = RSA_AK_TEMPLATE
 
 
 class _Reader:
@@ -250,6 +278,22 @@ def parse_ak_public(data: bytes) -> AkPublic:
         reader.fail("the point does not lie on the curve")
     name = _name_of(data)
     return AkPublic(data, name, _name_of(_RH_ENDORSEMENT.to_bytes(4) + name), key)
+
+
+def parse_rsa_ak_public(data: bytes) -> bytes:
+    """Hold the TPMT_PUBLIC of the second attestation key against its template; returns it.
+
+    Raises:
+        VerificationError: ``ak-template``.
+    """
+    reader = _Reader(data, MAX_PUBLIC_BYTES, "TPMT_PUBLIC", "ak-template")
+    if reader.take(len(RSA_AK_TEMPLATE)) != RSA_AK_TEMPLATE:
+        reader.fail("type, attributes, scheme or size are not those of the second attestation key's template")
+    modulus = reader.sized()
+    reader.end()
+    if int.from_bytes(modulus).bit_length() != _RSA_BITS:
+        reader.fail(f"its modulus has not {_RSA_BITS} bits")
+    return data
 
 
 def _name_of(data: bytes) -> bytes:

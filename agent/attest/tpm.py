@@ -5,13 +5,16 @@ Rules:
 1. An attestation key is a primary key of the endorsement hierarchy from a fixed template: the same TPM makes the same
    key again, so nothing is stored. A TPM that makes another key than the enrolled one was cleared.
 2. An extend goes to every allocated bank, each with its own hash of the same data.
-3. The door blocks; :mod:`agent.attest.tpm_thread` keeps it off the event loop.
+3. A credential is activated under the policy that the default endorsement templates hold: PolicySecret of the endorsement hierarchy. The
+   session and the endorsement key are flushed whatever happens.
+4. The door blocks; :mod:`agent.attest.tpm_thread` keeps it off the event loop.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,19 +24,23 @@ from tpm2_pytss import (
     TPM2_ALG,
     TPM2_CAP,
     TPM2_HC,
+    TPM2_SE,
     TPM2B_DATA,
+    TPM2B_ENCRYPTED_SECRET,
+    TPM2B_ID_OBJECT,
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
     TPML_DIGEST_VALUES,
     TPML_PCR_SELECTION,
     TPMT_HA,
     TPMT_PUBLIC,
+    TPMT_SYM_DEF,
     TPMU_HA,
     TSS2_Exception,
 )
 from tpm2_pytss.utils import NVReadEK, create_ek_template
 
-from agent.attest.structures import AK_TEMPLATE, ClockInfo, parse_ak_public
+from agent.attest.structures import AkKind, ClockInfo, parse_ak_public, parse_rsa_ak_public
 from agent.errors import TpmError
 
 __all__ = ["Endorsement", "Tpm", "TpmClearedError"]
@@ -54,6 +61,7 @@ _BANK_HASHES = {
     0x0029: "sha3_512",
 }
 _EK_TYPES = ("EK-RSA2048", "EK-ECC256", "EK-HIGH-RSA2048", "EK-HIGH-ECC256", "EK-HIGH-ECC384")
+_DEFAULT_EK_TYPES = ("EK-RSA2048", "EK-ECC256")  # whose policy is PolicySecret of the endorsement hierarchy
 _T = TypeVar("_T")
 
 
@@ -100,8 +108,8 @@ class Tpm:
         try:
             self._flush_stale()
             self._banks = self._allocated_banks()
-            self._ak = ESYS_TR.NONE
-            self._ak, self.ak_public = self._create_ak()
+            self._keys: dict[AkKind, tuple[Any, bytes]] = {}
+            _, self.ak_public = self._key(AkKind.ECC_P256)
             if enrolled_ak is not None and enrolled_ak != self.ak_public:
                 raise TpmClearedError("TPM: it makes another attestation key than the enrolled one: enrol again")
         except BaseException:
@@ -144,8 +152,15 @@ class Tpm:
             raise TpmError(f"TPM: needs a SHA-256 bank and can't extend {unknown}: allocate other PCR banks")
         return banks
 
-    def _create_ak(self) -> tuple[Any, bytes]:
-        template, _ = TPMT_PUBLIC.unmarshal(AK_TEMPLATE + bytes(4))  # an empty point
+    def _key(self, kind: AkKind) -> tuple[Any, bytes]:
+        """Return handle and TPMT_PUBLIC of an attestation key; it is made where this connection has not made it yet."""
+        if kind not in self._keys:
+            self._keys[kind] = self._create_ak(kind)
+        return self._keys[kind]
+
+    def _create_ak(self, kind: AkKind) -> tuple[Any, bytes]:
+        ecc = kind is AkKind.ECC_P256
+        template, _ = TPMT_PUBLIC.unmarshal(kind.value + bytes(4 if ecc else 2))  # an empty point, or modulus
         handle, public, *_ = self._run(
             "create the attestation key",
             self._esys.create_primary,
@@ -153,7 +168,12 @@ class Tpm:
             TPM2B_PUBLIC(publicArea=template),
             ESYS_TR.ENDORSEMENT,
         )
-        return handle, parse_ak_public(public.publicArea.marshal()).marshaled
+        marshaled = bytes(public.publicArea.marshal())
+        return handle, parse_ak_public(marshaled).marshaled if ecc else parse_rsa_ak_public(marshaled)
+
+    def rsa_ak_public(self) -> bytes:
+        """Return the TPMT_PUBLIC of the second attestation key; making it may take a discrete TPM many seconds."""
+        return self._key(AkKind.RSA_2048)[1]
 
     def clock(self) -> ClockInfo:
         """Read clock, resetCount and restartCount; not signed."""
@@ -182,15 +202,16 @@ class Tpm:
         )
         self._run(f"extend PCR {pcr}", self._esys.pcr_extend, ESYS_TR(pcr), digests)
 
-    def quote(self, indices: Iterable[int], extra_data: bytes) -> tuple[bytes, bytes]:
-        """Quote PCRs of the SHA-256 bank.
+    def quote(self, indices: Iterable[int], extra_data: bytes, ak: AkKind = AkKind.ECC_P256) -> tuple[bytes, bytes]:
+        """Quote PCRs of the SHA-256 bank by an attestation key.
 
         Returns:
             TPMS_ATTEST and TPMT_SIGNATURE as the TPM wrote them.
         """
         selection = _selection(sorted(set(indices)))
+        key, _ = self._key(ak)
         try:
-            attest, signature = self._esys.quote(self._ak, selection, TPM2B_DATA(extra_data))
+            attest, signature = self._esys.quote(key, selection, TPM2B_DATA(extra_data))
         except TSS2_Exception as error:
             self._broken = True  # the TPM may have been reset under this connection: then the key's handle is gone
             raise _ours(error, "quote") from error
@@ -211,20 +232,104 @@ class Tpm:
         return tuple(found)
 
     def _public_of(self, template: Any) -> bytes:  # noqa: ANN401 -- tpm2_pytss has no type information
-        def create() -> bytes:
-            handle, public, *_ = self._esys.create_primary(TPM2B_SENSITIVE_CREATE(), template, ESYS_TR.ENDORSEMENT)
-            self._esys.flush_context(handle)
+        with self._endorsement_key(template) as (_, public):
             return bytes(public.publicArea.marshal())
 
-        return self._run("create an endorsement key", create)
+    def ek_public(self, profile: str) -> bytes:
+        """Return the TPMT_PUBLIC of a default endorsement key, with or without a certificate.
+
+        Raises:
+            TpmError: the TPM refused, or the profile is none of the default ones.
+        """
+        return self._public_of(self._ek_template(profile))
+
+    def activate_credential(
+        self, ak: AkKind, ek_profile: str, credential_blob: bytes, encrypted_secret: bytes
+    ) -> bytes:
+        """Prove that an attestation key is in the TPM of an endorsement key: decrypt what was made for the two of them.
+
+        Args:
+            ak: the key that the credential names.
+            ek_profile: ``EK-RSA2048`` or ``EK-ECC256``: the key that it was encrypted to.
+            credential_blob: TPM2B_ID_OBJECT of MakeCredential.
+            encrypted_secret: TPM2B_ENCRYPTED_SECRET of MakeCredential.
+
+        Returns:
+            The credential.
+
+        Raises:
+            TpmError: it is not for these keys, or no such thing, or the TPM did not do its part.
+        """
+        template = self._ek_template(ek_profile)
+        key, _ = self._key(ak)
+        blob = _unmarshal(TPM2B_ID_OBJECT, credential_blob)
+        secret = _unmarshal(TPM2B_ENCRYPTED_SECRET, encrypted_secret)
+        with self._endorsement_key(template) as (ek, _), self._endorsement_session() as session:
+            found = self._run(
+                "activate a credential",
+                lambda: self._esys.activate_credential(
+                    key, ek, blob, secret, session1=ESYS_TR.PASSWORD, session2=session
+                ),
+            )
+        return bytes(found)
+
+    def _ek_template(self, profile: str) -> Any:  # noqa: ANN401 -- as above
+        if profile not in _DEFAULT_EK_TYPES:
+            raise TpmError(f"TPM: {profile[:32]!r} is none of the endorsement keys {', '.join(_DEFAULT_EK_TYPES)}")
+        return self._run(f"read the template of {profile}", create_ek_template, profile, NVReadEK(self._esys))[1]
+
+    @contextmanager
+    def _endorsement_key(self, template: Any) -> Iterator[tuple[Any, Any]]:  # noqa: ANN401 -- as above
+        handle, public, *_ = self._run(
+            "create an endorsement key",
+            self._esys.create_primary,
+            TPM2B_SENSITIVE_CREATE(),
+            template,
+            ESYS_TR.ENDORSEMENT,
+        )
+        try:
+            yield handle, public
+        finally:
+            self._flush(handle)
+
+    @contextmanager
+    def _endorsement_session(self) -> Iterator[Any]:
+        session = self._run(
+            "start a session",
+            self._esys.start_auth_session,
+            ESYS_TR.NONE,
+            ESYS_TR.NONE,
+            TPM2_SE.POLICY,
+            TPMT_SYM_DEF(algorithm=TPM2_ALG.NULL),
+            TPM2_ALG.SHA256,
+        )
+        try:
+            self._run("satisfy the endorsement key's policy", self._esys.policy_secret, ESYS_TR.ENDORSEMENT, session)
+            yield session
+        finally:
+            self._flush(session)
+
+    def _flush(self, handle: Any) -> None:  # noqa: ANN401 -- as above
+        if not self._broken:
+            self._run("flush a context", self._esys.flush_context, handle)
 
     def close(self) -> None:
-        """Flush the attestation key and end the connection."""
+        """Flush the attestation keys and end the connection."""
         try:
-            if not self._broken:
-                self._run("flush the attestation key", self._esys.flush_context, self._ak)
+            for handle, _ in self._keys.values():
+                self._flush(handle)
         finally:
             self._esys.close()
+
+
+def _unmarshal(kind: Any, data: bytes) -> Any:  # noqa: ANN401 -- tpm2_pytss has no type information
+    try:
+        value, used = kind.unmarshal(data)
+    except TSS2_Exception as error:
+        raise _ours(error, f"read a {kind.__name__}") from error
+    if used != len(data):
+        raise TpmError(f"TPM: {len(data)} bytes are no {kind.__name__}")
+    return value
 
 
 def _selection(indices: list[int]) -> Any:  # noqa: ANN401 -- tpm2_pytss has no type information

@@ -12,6 +12,7 @@ from agent.attest.collect import MAX_QUOTE_ATTEMPTS, NodeFacts, collect_evidence
 from agent.attest.evidence import AuditHead
 from agent.attest.log import MeasurementLog
 from agent.attest.measurement import config_entry, model_entry, policy_entry, refused_entry
+from agent.attest.structures import AkKind
 from agent.attest.tpm import Tpm
 from agent.attest.tpm_thread import TpmThread
 from agent.errors import PeerError, TpmError
@@ -141,11 +142,11 @@ class _Contended(Tpm):
 
     times = 0
 
-    def quote(self, indices, extra_data):
+    def quote(self, indices, extra_data, ak=AkKind.ECC_P256):
         if self.times:
             self.times -= 1
             self.extend(5, b"another process")
-        return super().quote(indices, extra_data)
+        return super().quote(indices, extra_data, ak)
 
 
 @pytest.mark.parametrize("times", [MAX_QUOTE_ATTEMPTS - 1, MAX_QUOTE_ATTEMPTS])

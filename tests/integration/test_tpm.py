@@ -2,13 +2,23 @@
 
 import asyncio
 import contextlib
+import hashlib
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from tpm2_pytss import ESAPI, ESYS_TR, TPM2B_PUBLIC, TPM2B_SENSITIVE_CREATE, TPMT_PUBLIC
 
-from agent.attest.structures import AK_TEMPLATE, parse_ak_public, parse_quote, parse_signature, pcr_digest
+from agent.attest.structures import (
+    AK_TEMPLATE,
+    RSA_AK_TEMPLATE,
+    AkKind,
+    parse_ak_public,
+    parse_quote,
+    parse_signature,
+    pcr_digest,
+)
 from agent.attest.tpm import Tpm, TpmClearedError
 from agent.attest.tpm_thread import TpmThread
 from agent.errors import TpmError
@@ -99,6 +109,75 @@ def test_a_tpm_without_certificates_has_no_endorsements(swtpm):
     assert tpm.endorsements() == ()
     assert tpm.clock().safe
     tpm.close()
+
+
+def _make_credential(swtpm, ek_public, ak_public, credential):
+    """What a Verifier does with the two public keys alone: TPM2_MakeCredential needs no secret of the TPM."""
+    ek, _ = TPMT_PUBLIC.unmarshal(ek_public)
+    ak_name = b"\x00\x0b" + hashlib.sha256(ak_public).digest()
+    with ESAPI(swtpm.tcti) as verifier:
+        handle = verifier.load_external(TPM2B_PUBLIC(publicArea=ek))
+        blob, secret = verifier.make_credential(handle, credential, ak_name)
+        verifier.flush_context(handle)
+        return blob.marshal(), secret.marshal()
+
+
+def _ak_public(tpm, kind):
+    return tpm.ak_public if kind is AkKind.ECC_P256 else tpm.rsa_ak_public()
+
+
+@pytest.mark.parametrize("profile", ["EK-RSA2048", "EK-ECC256"])
+@pytest.mark.parametrize("kind", AkKind)
+def test_a_credential_for_this_tpm_is_activated(swtpm, kind, profile):
+    """Each attestation key opens what was made for it and an endorsement key of the same TPM, again and again."""
+    with contextlib.closing(Tpm(swtpm.tcti)) as tpm:
+        public = _ak_public(tpm, kind)
+        for number in range(5):  # more often than the TPM has room for sessions or keys that are left behind
+            credential = bytes([number]) * 32
+            blob, secret = _make_credential(swtpm, tpm.ek_public(profile), public, credential)
+            assert tpm.activate_credential(kind, profile, blob, secret) == credential
+
+
+def test_the_endorsement_certificate_is_of_the_key_that_activates(shared):
+    """With a certificate in the TPM the key that activates is the certified one."""
+    with contextlib.closing(Tpm(shared.tcti)) as tpm:
+        publics = {found.profile: found.public for found in tpm.endorsements()}
+        assert tpm.ek_public("EK-RSA2048") == publics["EK-RSA2048"]
+
+
+def test_a_credential_for_another_key_is_not_activated(swtpm):
+    """A credential for the other attestation key stays closed, and nothing is left in the TPM's memory by the attempts."""
+    with contextlib.closing(Tpm(swtpm.tcti)) as tpm:
+        blob, secret = _make_credential(swtpm, tpm.ek_public("EK-ECC256"), tpm.rsa_ak_public(), b"c" * 32)
+        for _ in range(5):
+            with pytest.raises(TpmError, match="activate"):
+                tpm.activate_credential(AkKind.ECC_P256, "EK-ECC256", blob, secret)
+        assert tpm.activate_credential(AkKind.RSA_2048, "EK-ECC256", blob, secret) == b"c" * 32
+
+
+def test_a_credential_that_is_none_is_a_tpm_error(swtpm):
+    """Bytes that are cut, lengthened or empty, and an endorsement key that is none, never leak another error."""
+    with contextlib.closing(Tpm(swtpm.tcti)) as tpm:
+        blob, secret = _make_credential(swtpm, tpm.ek_public("EK-ECC256"), tpm.ak_public, b"c" * 32)
+        cases = [(blob[:-1], secret), (blob + b"x", secret), (b"", secret), (blob, secret[:-1]), (blob, b"\xff" * 600)]
+        for wrong_blob, wrong_secret in cases:
+            with pytest.raises(TpmError):
+                tpm.activate_credential(AkKind.ECC_P256, "EK-ECC256", wrong_blob, wrong_secret)
+        with pytest.raises(TpmError, match="none of the endorsement keys"):
+            tpm.activate_credential(AkKind.ECC_P256, "EK-HIGH-RSA2048", blob, secret)
+
+
+def test_the_second_key_is_the_template_s(shared):
+    """The second attestation key is the RSA template's, the same at each connection, and signs when it is asked to."""
+    with contextlib.closing(Tpm(shared.tcti)) as tpm:
+        public = tpm.rsa_ak_public()
+    with contextlib.closing(Tpm(shared.tcti)) as tpm:
+        attest, signature = tpm.quote([10], b"nonce", AkKind.RSA_2048)
+        assert tpm.rsa_ak_public() == public
+    assert public.startswith(RSA_AK_TEMPLATE)
+    assert signature[:6] == bytes.fromhex("0014000b0100")
+    key = rsa.RSAPublicNumbers(65537, int.from_bytes(public[-256:])).public_key()
+    key.verify(signature[6:], attest, padding.PKCS1v15(), hashes.SHA256())
 
 
 def test_a_tpm_without_sha256_is_refused(tmp_path):

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from agent.attest.structures import (
     AK_TEMPLATE,
     MAX_ATTEST_BYTES,
+    RSA_AK_TEMPLATE,
     ClockInfo,
     PcrSelection,
     Signature,
     parse_ak_public,
     parse_quote,
+    parse_rsa_ak_public,
     parse_signature,
 )
 from agent.errors import VerificationError
@@ -22,7 +24,13 @@ from tests.support.attest import BOOT_PCRS, Attester
 
 ATTESTER = Attester()
 ATTEST, SIGNATURE = ATTESTER.quote(b"n" * 32, BOOT_PCRS | {14: bytes(32)})
-PARSERS = [(parse_quote, ATTEST), (parse_signature, SIGNATURE), (parse_ak_public, ATTESTER.ak_public)]
+RSA_AK = RSA_AK_TEMPLATE + struct.pack(">H", 256) + b"\xc1" * 256
+PARSERS = [
+    (parse_quote, ATTEST),
+    (parse_signature, SIGNATURE),
+    (parse_ak_public, ATTESTER.ak_public),
+    (parse_rsa_ak_public, RSA_AK),
+]
 
 
 @st.composite
@@ -145,3 +153,19 @@ def test_two_keys_have_two_names():
     """The name is made of the key."""
     other = Attester(key=ec.derive_private_key(8, ec.SECP256R1()))
     assert parse_ak_public(other.ak_public).name != parse_ak_public(ATTESTER.ak_public).name
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (ATTESTER.ak_public, "template"),
+        (RSA_AK[:-1], "cut short"),
+        (RSA_AK + b"x", "follow its end"),
+        (RSA_AK_TEMPLATE + struct.pack(">H", 256) + bytes(1) + b"\xc1" * 255, "2048 bits"),
+    ],
+)
+def test_a_second_key_off_its_template_is_refused(data, words):
+    """Only a whole RSA-2048 key of the fixed template is the second attestation key."""
+    assert parse_rsa_ak_public(RSA_AK) == RSA_AK
+    with pytest.raises(VerificationError, match=words):
+        parse_rsa_ak_public(data)
