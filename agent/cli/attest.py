@@ -25,7 +25,7 @@ from agent.attest.appraisal import Appraisal, Check, Expectation, appraise
 from agent.attest.evidence import MAX_EVIDENCE_BYTES, NONCE_BYTES
 from agent.attest.reference import ReferenceValues
 from agent.attest.structures import MAX_PUBLIC_BYTES, parse_ak_public
-from agent.cli import reference
+from agent.cli import enrol, reference
 from agent.errors import ConfigError, HostError, VerificationError
 
 __all__ = ["command"]
@@ -48,10 +48,12 @@ def _hex(value: str) -> bytes:
 
 @click.group()
 def command() -> None:
-    """Fetch and appraise a node's Evidence."""
+    """Enrol a node; fetch and appraise its Evidence."""
 
 
 command.add_command(reference.command)
+for _verb in (enrol.enrol, enrol.status, enrol.leave):
+    command.add_command(_verb)
 
 
 @command.command()
