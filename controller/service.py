@@ -17,6 +17,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import structlog
 from aiohttp import web
@@ -118,7 +119,7 @@ def _description(routes: list[Route], url: str) -> Route:
     async def describe(_call: Call) -> object:
         return document([*routes, own], url)
 
-    own = Route("GET", "/openapi.json", "This description", describe, answer=dict[str, object])
+    own = Route("GET", "/openapi.json", "This description", describe, answer=dict[str, Any])
     return own
 
 

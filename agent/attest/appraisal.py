@@ -310,7 +310,9 @@ def _compare(
         # 14. Nothing that was refused waits for its repair.
         "refused": ("warning", f"refused: {_some(state.refused)}") if state.refused else ("ok", ""),
         # 15. Settings, now and earlier.
-        "config": _setting("config", state, state.config, reference.configs, reference.configs),
+        "config": _setting(
+            "config", state, state.config, reference.configs, reference.configs | reference.retired_configs
+        ),
         # 16. The policy in force is assigned, or was until this rollout; earlier ones were approved once.
         "policy": _policy(state, claims, reference),
         # 17. The log began on the boot that the TPM shows.

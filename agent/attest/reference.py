@@ -54,6 +54,7 @@ class ReferenceValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         measurement: PCR and start value of the log.
         policy: policy bundles.
         configs: digests of approved settings.
+        retired_configs: digests of settings that were approved once: fine earlier in this boot, not in force.
         models: approved digests by ``name/version/file``.
         withdrawn: digests once approved, by ``name/version/file``: fine in the past, not in force.
         boot: rules for PCRs 0-9 and 11; one without a rule is ignored.
@@ -62,6 +63,7 @@ class ReferenceValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     measurement: Measurement
     policy: PolicyReference
     configs: frozenset[HexDigest]
+    retired_configs: frozenset[HexDigest] = frozenset()
     models: dict[str, frozenset[HexDigest]] = {}
     withdrawn: dict[str, frozenset[HexDigest]] = {}
     boot: dict[Annotated[int, msgspec.Meta(ge=0, le=11)], BootRule] = {}

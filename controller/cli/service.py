@@ -44,6 +44,7 @@ def run(*, config: Path, schema: bool, check: bool) -> None:
         return
     structlog.configure(
         processors=[
+            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.JSONRenderer(sort_keys=True),
@@ -52,9 +53,9 @@ def run(*, config: Path, schema: bool, check: bool) -> None:
         logger_factory=structlog.PrintLoggerFactory(click.get_text_stream("stderr")),
         cache_logger_on_first_use=True,
     )
-    from controller.service import run as serve  # noqa: PLC0415 -- the other verbs need no server
+    from controller import service  # noqa: PLC0415 -- the other verbs need no server
 
-    serve(settings)
+    service.run(settings)
 
 
 @command.command()
