@@ -94,7 +94,11 @@ class Database:
             async with self._turn, self._engine.begin() as connection:
                 yield connection
         except (DBAPIError, asyncpg.PostgresError, OSError, TimeoutError) as error:
-            if isinstance(error, DBAPIError) and not isinstance(error, OperationalError) and not error.connection_invalidated:
+            if (
+                isinstance(error, DBAPIError)
+                and not isinstance(error, OperationalError)
+                and not error.connection_invalidated
+            ):
                 cause = type(error.orig).__name__ if error.orig else type(error).__name__
                 raise StoreError(f"database: {cause}: {error.orig}") from error
             raise StoreError(f"database: it does not answer: {error}") from error
