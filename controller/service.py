@@ -31,6 +31,7 @@ from controller.api.openapi import document
 from controller.api.operators import Operators
 from controller.api.routing import Call, Route, Surface
 from controller.flows.appraising import Appraiser
+from controller.flows.deliver import Deliverer
 from controller.flows.joining import Joining
 from controller.flows.polling import Poller
 from controller.settings import Settings
@@ -68,7 +69,7 @@ class Controller:
         async with contextlib.AsyncExitStack() as stack:
             database = await Database.open(settings.database)
             stack.push_async_callback(database.close)
-            appraiser = Appraiser(authority)
+            appraiser = Appraiser(authority, nats=settings.nats is not None)
             poller = Poller(database, appraiser, authority, settings.poll)
             join = Joining(database, appraiser, authority, settings, roots, allowlist)
             routes = [
@@ -79,7 +80,9 @@ class Controller:
             surface = Surface(database, Authorizer(), None)
             await self._serve(stack, surface.application(routes), context)
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(poller.run()), group.create_task(self._keep_house(database))]
+                deliverer = Deliverer(database, settings.nats)
+                work = (poller.run(), deliverer.run(), self._keep_house(database))
+                tasks = [group.create_task(one) for one in work]
                 _log.info("serving", port=self.port, replica=self.id, version=__version__)
                 yield group
                 for task in tasks:

@@ -18,7 +18,7 @@ from agent.attest.appraisal import Appraisal, Expectation, appraise
 from agent.attest.reference import BootRule, Measurement, PolicyReference, ReferenceValues
 from agent.attest.result import AttestationResult, CheckResult
 from controller import __version__
-from controller.store import audit, fleet, references
+from controller.store import audit, fleet, outbox, references
 from controller.store.fleet import Appraised, NodeRecord
 from controller.trust.authority import Authority
 
@@ -47,10 +47,16 @@ class Finding:
 
 
 class Appraiser:
-    """Holds Reference Values, which never change once they have a version, and the key that signs."""
+    """Holds Reference Values, which never change once they have a version, and the key that signs.
 
-    def __init__(self, authority: Authority) -> None:
+    Args:
+        authority: the controller's keys.
+        nats: whether events go to NATS.
+    """
+
+    def __init__(self, authority: Authority, *, nats: bool = False) -> None:
         self._authority = authority
+        self._nats = nats
         self._versions: dict[tuple[str, int], ReferenceValues] = {}
 
     async def reference(self, connection: AsyncConnection, node: NodeRecord) -> ReferenceValues:
@@ -135,6 +141,23 @@ class Appraiser:
                     detail={"status": found.status, "before": found.before.status or "none", "version": found.version},
                 ),
             )
+            news = {
+                "status": found.status,
+                "before": found.before.status or "none",
+                "checks": msgspec.json.decode(found.checks),
+            }
+            await outbox.emit(connection, "node.result", found.before.id, news, found.at_us, nats=self._nats)
+
+    async def keep_silence(self, connection: AsyncConnection, node: NodeRecord, words: str) -> None:
+        """Write that a node did not answer; the first time it is news."""
+        if not await fleet.silent(connection, node.id, words):
+            return
+        entry = audit.AuditEntry(
+            kind="node.unreachable", principal="controller", outcome="failed", node=node.id, words=words
+        )
+        await audit.append(connection, entry)
+        news = {"error": words}
+        await outbox.emit(connection, "node.unreachable", node.id, news, clock.now_us(), nats=self._nats)
 
     def sign(self, finding: Finding) -> str:
         """Return the result as a JWT; only for what was kept."""

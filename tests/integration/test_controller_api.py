@@ -2,13 +2,16 @@
 
 import asyncio
 import re
+import socket
 
 import aiohttp
 import pytest
 import yaml
+from aiohttp import web
 from click.testing import CliRunner
 from cryptography.hazmat.primitives import serialization
 from openapi_spec_validator import validate
+from standardwebhooks import Webhook
 
 from agent.audit.merkle import leaf_hash, verify_inclusion
 from agent.errors import ConfigError, HostError, PolicyError
@@ -16,7 +19,7 @@ from controller.api.limiter import MAX_SOURCES, Limiter
 from controller.cli import admin, node, poll, reference, service, token
 from controller.settings import DatabaseSettings, database_url, load
 from controller.store.database import Database
-from tests.support.controller_service import controller_home, desk
+from tests.support.controller_service import controller_home, desk, eventually
 from tests.support.software_node import SoftwareNode, Vendor
 
 pytestmark = pytest.mark.integration
@@ -185,6 +188,41 @@ async def test_the_assigned_policy_can_t_be_withdrawn(office):
         "POST", "/v1/groups/default/withdrawals", {"kind": "policy", "what": assigned}, expect=422
     )
     assert answer["check"] == "assigned"
+
+
+async def test_a_change_of_trust_reaches_a_webhook(office):
+    """Signed, by the secret that was shown once; a removed hook gets nothing and is gone."""
+    heard = []
+
+    async def hear(request):
+        heard.append((dict(request.headers), await request.read()))
+        return web.Response(status=204)
+
+    application = web.Application()
+    application.add_routes([web.post("/hook", hear)])
+    runner = web.AppRunner(application, shutdown_timeout=0)
+    await runner.setup()
+    sock = socket.create_server(("127.0.0.1", 0))
+    await web.SockSite(runner, sock).start()
+    try:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}/hook"
+        hook = await office.call("POST", "/v1/hooks", {"url": url, "kinds": ["node.result"]}, expect=201)
+        await SoftwareNode(vendor=VENDOR).enrol(office.anyone, office.url, await office.token())
+
+        async def came():
+            return heard
+
+        await eventually(came)
+        headers, body = heard[0]
+        event = Webhook(hook["secret"]).verify(body, {name.lower(): value for name, value in headers.items()})
+        assert (event["kind"], event["node"], event["status"]) == ("node.result", "edge-1", "affirming")
+        (listed,) = await office.call("GET", "/v1/hooks")
+        assert "secret" not in listed
+        await office.call("DELETE", f"/v1/hooks/{hook['id']}")
+        await office.call("DELETE", f"/v1/hooks/{hook['id']}", expect=404)
+        await office.call("POST", "/v1/hooks", {"url": "http://example.org/"}, expect=400)
+    finally:
+        await runner.cleanup()
 
 
 async def test_a_compressed_body_is_not_taken(office):
