@@ -9,7 +9,6 @@ import sys
 import time
 
 import pytest
-import yaml
 
 from tests.support.controller_service import controller_home, desk, eventually
 from tests.support.software_node import SoftwareNode, Vendor
@@ -23,11 +22,8 @@ NODES = 12
 @pytest.fixture
 def config(tmp_path, postgres_url):
     """The settings of all replicas: one directory of keys, one database; the first admin was made in it."""
-    path = controller_home(tmp_path, VENDOR.pem(), database={"url": "sqlite+aiosqlite:///controller.db"})
-    document = yaml.safe_load(path.read_text())
-    document |= {"database": {"url": postgres_url}, "poll": {"interval_s": INTERVAL_S, "timeout_s": 2}}
-    path.write_text(yaml.safe_dump(document))
-    return path
+    poll = {"interval_s": INTERVAL_S, "timeout_s": 2}
+    return controller_home(tmp_path, VENDOR.pem(), "--database", postgres_url, poll=poll)
 
 
 @contextlib.asynccontextmanager
@@ -54,12 +50,12 @@ async def replica(config):
         await process.wait()
 
 
-async def test_a_killed_replica_costs_no_node_a_poll_and_none_two(config, copied_admin):
+async def test_a_killed_replica_costs_no_node_a_poll_and_none_two(config):
     """However the two share the work, a node is asked at most once an interval; after a kill -9 every node goes on being asked."""
     nodes = [SoftwareNode(id=f"edge-{number}", vendor=VENDOR) for number in range(NODES)]
     runners = [await node.serve() for node in nodes]
     try:
-        async with desk(config, copied_admin) as office:
+        async with desk(config) as office:
             await office.approve()
             begin = time.monotonic()
             for node in nodes:

@@ -30,10 +30,12 @@ APPROVAL = {
 }
 
 
-def controller_home(folder: Path, vendor: bytes, **changes: Any) -> Path:
+def controller_home(folder: Path, vendor: bytes, *options: str, **changes: Any) -> Path:
     """``edgewarden controller init``, then changes to its settings; returns the settings file."""
     home = folder / "controller"
-    outcome = CliRunner().invoke(command, ["init", str(home), "--url", "https://localhost:1"], catch_exceptions=False)
+    outcome = CliRunner().invoke(
+        command, ["init", str(home), "--url", "https://localhost:1", *options], catch_exceptions=False
+    )
     assert outcome.exit_code == 0, outcome.output
     (home / "vendor.pem").write_bytes(vendor)
     path = home / "controller.yaml"
