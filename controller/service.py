@@ -41,6 +41,7 @@ from controller.store.database import Database, StoreError
 from controller.trust.authority import Authority
 from controller.trust.authorize import Authorizer
 from controller.trust.endorsement import load_allowlist, load_roots
+from controller.trust.oidc import OidcReader
 
 __all__ = ["Controller", "run"]
 
@@ -77,7 +78,8 @@ class Controller:
                 *Operators(database, authority, appraiser, poller, settings).routes(),
             ]
             routes.append(_description(routes, settings.url))
-            surface = Surface(database, Authorizer(), None)
+            tokens = OidcReader(settings.oidc).read if settings.oidc else None
+            surface = Surface(database, Authorizer(), tokens)
             await self._serve(stack, surface.application(routes), context)
             async with asyncio.TaskGroup() as group:
                 deliverer = Deliverer(database, settings.nats)
