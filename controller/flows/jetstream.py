@@ -5,14 +5,15 @@ Rules:
 1. Each message carries its event's id as ``Nats-Msg-Id``; the stream drops a second one with the same id within :data:`DEDUPLICATE_S`.
 2. A message counts as delivered when the named stream, and no other, acknowledged it.
 3. The stream is made where it is missing; one that is there is never changed.
+4. Where the address says ``tls://`` nothing is published over a connection without TLS, whatever the server says that it can.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import ssl
 
-import nats
 import structlog
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
@@ -20,7 +21,7 @@ from nats.js import JetStreamContext
 from nats.js.api import StreamConfig
 from nats.js.errors import NotFoundError
 
-from agent.errors import HostError
+from agent.errors import ConfigError, HostError
 from controller.settings import NatsSettings
 
 __all__ = ["JetStream", "StreamError"]
@@ -28,6 +29,7 @@ __all__ = ["JetStream", "StreamError"]
 TIMEOUT_S = 5
 DEDUPLICATE_S = 2 * 3600  # longer than the longest wait between two attempts with its lease
 KEEP_S = 30 * 86_400  # in a stream that is made here
+_TLS = "tls://"
 _CLIENT_NAME = "edgewarden-controller"
 # What the client raises when the server is away or refuses; a ValueError: it sent something that is not JSON.
 _FAILURES = (NatsError, OSError, TimeoutError, ValueError)
@@ -39,9 +41,15 @@ class StreamError(HostError):
 
 
 class JetStream:
-    """Publishes to one stream."""
+    """Publishes to one stream.
+
+    Raises:
+        ConfigError: credentials are named that can't be used here.
+    """
 
     def __init__(self, settings: NatsSettings) -> None:
+        if settings.credentials is not None and importlib.util.find_spec("nkeys") is None:
+            raise ConfigError("nats.credentials: they need the package nkeys, which is not installed")
         self._settings = settings
         self._client: Client | None = None
         self._stream: JetStreamContext | None = None
@@ -58,15 +66,20 @@ class JetStream:
         settings = self._settings
         try:
             # Who asks for a connection decides when to try again, so the client itself never does.
-            self._client = await nats.connect(
+            self._client = Client()  # known before it connects, so that a half-made connection is closed too
+            await self._client.connect(
                 settings.url,
                 name=_CLIENT_NAME,
                 allow_reconnect=False,
+                max_reconnect_attempts=1,  # else it tries an absent server for minutes, in spite of the line above
+                reconnect_time_wait=0,
                 connect_timeout=TIMEOUT_S,
                 error_cb=_report,
                 tls=_tls(settings),
                 user_credentials=settings.credentials,
             )
+            if settings.url.startswith(_TLS) and not _is_encrypted(self._client):
+                raise NatsError("no TLS")
             self._stream = self._client.jetstream(timeout=TIMEOUT_S)
             await self._find_stream(self._stream)
         except _FAILURES as error:
@@ -114,9 +127,15 @@ class JetStream:
 
 
 def _tls(settings: NatsSettings) -> ssl.SSLContext | None:
-    if not settings.url.startswith("tls://"):
+    if not settings.url.startswith(_TLS):
         return None
     return ssl.create_default_context(cafile=settings.ca)
+
+
+def _is_encrypted(client: Client) -> bool:
+    """The client takes a server at its word when that announces no TLS, so the connection itself is asked."""
+    writer = getattr(client._transport, "_io_writer", None)  # noqa: SLF001 -- there is no public way to ask it
+    return writer is not None and writer.get_extra_info("ssl_object") is not None
 
 
 async def _report(error: Exception) -> None:

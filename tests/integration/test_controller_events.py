@@ -7,22 +7,25 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import nats
 import pytest
 from aiohttp import web
-from sqlalchemy import select, update
+from sqlalchemy import Row, select, update
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from agent import clock
 from controller.flows import deliver
 from controller.flows.deliver import Deliverer
+from controller.flows.jetstream import JetStream, StreamError
 from controller.settings import DatabaseSettings, NatsSettings
 from controller.store import outbox
 from controller.store.database import Database
 from controller.store.outbox import HookRecord, NewHook
 from controller.store.schema import deliveries
 from tests.support.nats_server import NatsServer
+from tests.support.postgres import PostgresServer
 from tests.support.receiver import Receiver, server_certificate
 
 pytestmark = pytest.mark.integration
@@ -88,7 +91,7 @@ async def hook_record(database: Database) -> HookRecord:
 
 async def until(database: Database, *, pending: int = 0, error: str | None = None) -> HookRecord:
     """Wait until the only hook's deliveries stand so."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(30):
         while True:
             record = await hook_record(database)
             if (record.pending, record.error) == (pending, error):
@@ -205,7 +208,7 @@ async def test_slow_receiver_holds_up_nobody(
         await slow.wait_for(1)
         event = await emit(database)
         assert [got.id for got in await receiver.wait_for(1)] == [event]
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(30):
             while True:
                 async with database.begin() as connection:
                     first, second = await outbox.list_hooks(connection)
@@ -334,7 +337,7 @@ async def test_nats_down_blocks_nobody(database: Database, receiver: Receiver, n
 
 
 async def all_settled(database: Database) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(30):
         while True:
             async with database.begin() as connection:
                 rows = (await connection.execute(select(deliveries))).all()
@@ -355,3 +358,79 @@ async def messages(server: NatsServer) -> list[tuple[str, str]]:
     for message in kept:
         assert json.loads(message.data or b"")["id"] == (message.headers or {})["Nats-Msg-Id"]
     return [(message.subject or "", (message.headers or {})["Nats-Msg-Id"]) for message in kept]
+
+
+@needs_nats
+async def test_stream_of_another_owner_is_refused(database: Database, nats_server: NatsServer) -> None:
+    """Where another stream has the subjects, nothing is published into it: the failure is kept and the event waits."""
+    client = await nats.connect(nats_server.url, allow_reconnect=False)
+    try:
+        await client.jetstream().add_stream(name="EDGEWARDEN", subjects=["something.else"])
+        other = await client.jetstream().add_stream(name="OTHER", subjects=["edgewarden.>"])
+        async with running(Deliverer(database, NatsSettings(url=nats_server.url))):
+            await emit(database, nats=True)
+            async with asyncio.timeout(30):
+                while True:
+                    row = await only_delivery(database)
+                    if row.error is not None:
+                        break
+                    await asyncio.sleep(0.05)
+        other = await client.jetstream().stream_info("OTHER")
+    finally:
+        await client.close()
+    assert (row.error, row.delivered_us, row.attempts) == ("nats: BadRequestError", None, 1)
+    assert other.state.messages == 0
+
+
+async def test_publishing_needs_a_connection(tmp_path: Path) -> None:
+    """Without a server, connecting and publishing are StreamErrors."""
+    stream = JetStream(NatsSettings(url=NatsServer(tmp_path).url))
+    with pytest.raises(StreamError, match="nats: "):
+        await stream.connect()
+    with pytest.raises(StreamError, match="not connected"):
+        await stream.publish("0" * 32, KIND, b"{}")
+    await stream.close()
+
+
+@needs_nats
+async def test_tls_is_not_given_up(nats_server: NatsServer) -> None:
+    """A server without TLS is refused where tls:// was asked for."""
+    stream = JetStream(NatsSettings(url=nats_server.url.replace("nats://", "tls://")))
+    with pytest.raises(StreamError, match="nats: "):
+        await stream.connect()
+
+
+async def test_database_comes_back(
+    postgres: PostgresServer, postgres_url: str, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database that goes away, also between sending and keeping the outcome, pauses delivery; when it is back everything is delivered."""
+    monkeypatch.setattr(deliver, "RETRY_S", 0.2)
+    database = await Database.open(DatabaseSettings(url=postgres_url))
+    stopped = asyncio.Event()
+
+    async def stop(_: web.Request) -> web.Response:
+        postgres.stop()
+        stopped.set()
+        return web.Response()
+
+    receiver.answers = [stop]
+    try:
+        await add_hook(database, receiver.url)
+        event = await emit(database)
+        async with running(Deliverer(database)):
+            try:
+                await stopped.wait()
+                await asyncio.sleep(1)
+            finally:
+                postgres.start()
+            await make_due(database)
+            await receiver.wait_for(2)
+            await until(database)
+    finally:
+        await database.close()
+    assert [got.id for got in receiver.got] == [event, event]
+
+
+async def only_delivery(database: Database) -> Row[tuple[Any, ...]]:
+    async with database.begin() as connection:
+        return (await connection.execute(select(deliveries))).one()
