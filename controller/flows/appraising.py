@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent import clock
 from agent.attest.appraisal import Appraisal, Expectation, appraise
-from agent.attest.reference import BootRule, Measurement, PolicyReference, ReferenceValues
+from agent.attest.reference import Measurement, PolicyReference, ReferenceValues, pinned
 from agent.attest.result import AttestationResult, CheckResult
 from controller import __version__
 from controller.store import audit, fleet, outbox, references
@@ -70,7 +70,7 @@ class Appraiser:
             if len(self._versions) >= MAX_CACHED_VERSIONS:
                 self._versions.clear()
             self._versions[key] = await references.get(connection, *key)
-        return _pinned(self._versions[key], node.boot_pcrs)
+        return pinned(self._versions[key], node.boot_pcrs)
 
     def appraise(
         self,
@@ -91,7 +91,7 @@ class Appraiser:
         appraisal = appraise(evidence, expect)
         now_us = clock.now_us()
         checks = tuple(
-            CheckResult(check.name, check.outcome, check.words)
+            CheckResult(check.name, check.outcome, check.words, check.entries)
             for check in appraisal.checks
             if check.outcome in {"failed", "warning", "retry"}
         )
@@ -178,16 +178,6 @@ class Appraiser:
             withdrawn=_withdrawn(reference),
         )
         return result.sign(self._authority.result_key, self._authority.result_kid)
-
-
-def _pinned(reference: ReferenceValues, boot_pcrs: dict[int, str]) -> ReferenceValues:
-    """Add the values of enrolment where the rule is ``pinned``."""
-    own = {
-        index: BootRule("pinned", rule.values | {boot_pcrs[index]})
-        for index, rule in reference.boot.items()
-        if rule.mode == "pinned" and index in boot_pcrs
-    }
-    return msgspec.structs.replace(reference, boot=reference.boot | own) if own else reference
 
 
 def _withdrawn(reference: ReferenceValues) -> frozenset[str]:
