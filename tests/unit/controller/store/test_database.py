@@ -97,3 +97,21 @@ async def test_stopped_server_is_a_store_error(postgres: PostgresServer, postgre
             assert (await connection.execute(select(groups))).all() == []
     finally:
         await database.close()
+
+
+async def test_refused_statement_is_a_store_error(database: Database) -> None:
+    """A statement that the database refuses is a StoreError that names the kind of the refusal."""
+
+    async def twice() -> None:
+        async with database.begin() as connection:
+            for _ in range(2):
+                await connection.execute(groups.insert().values(name="edge", interval_s=60, version=0))
+
+    with pytest.raises(StoreError, match=r"database: .*(IntegrityError|UniqueViolation)"):
+        await twice()
+
+
+async def test_missing_directory_is_a_store_error(tmp_path: Path) -> None:
+    """A SQLite file in a directory that is not there is a StoreError that names it."""
+    with pytest.raises(StoreError, match=r"absent/controller\.db: No such file"):
+        await Database.open(sqlite_settings(tmp_path / "absent"))
