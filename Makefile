@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 PYTEST_COVERAGE := $(if $(COVERAGE),--cov --cov-report=)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup opa oms demo run test coverage bench lint format lock clean
+.PHONY: help setup opa oms keylime demo run test coverage bench lint format lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -20,6 +20,9 @@ opa: setup ## Find or build the OPA binary
 oms: setup
 	@tools/setup oms
 
+keylime: setup
+	@tools/setup keylime
+
 demo: setup ## A narrated tour of a whole node; ends by itself
 	@$(VENV)/python -m tools.demo $(if $(TPM),--tpm '$(TPM)')
 
@@ -29,7 +32,7 @@ run: setup ## Start the same node in the foreground (TPM=tcti for a real TPM)
 bench: setup ## Compare with an unguarded server, in one run
 	$(VENV)/python -m bench.run
 
-test: setup opa oms ## Run all tests
+test: setup opa oms keylime ## Run all tests
 	$(VENV)/pytest -n 2 --dist loadgroup $(PYTEST_COVERAGE) $(PYTEST_ARGS)
 	@if type -P opa >/dev/null; then opa test -b rego policies; else echo 'opa test: skipped, there is no OPA'; test -z "$$CI"; fi
 	$(if $(COVERAGE),$(VENV)/python -m tools.coverage_gate)
@@ -51,6 +54,7 @@ lock: ## Write the lock files again (needs uv)
 	uv pip compile -q pyproject.toml controller/pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-emit-package edgewarden -o requirements/dev.lock
 	uv pip compile -q requirements/assets.in --no-deps --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url -o requirements/assets.lock
 	uv pip compile -q requirements/oms.in --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url -o requirements/oms.lock
+	uv pip compile -q requirements/keylime.in --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url -o requirements/keylime.lock
 
 clean: ## Remove everything that the targets made
 	rm -rf .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

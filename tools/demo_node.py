@@ -23,6 +23,7 @@ import yaml
 
 from tools.example_models import write_magika, write_orientation
 from tools.pki import Authority, write_signing_key
+from tools.software_tpm import SoftwareTpm
 
 __all__ = ["DemoNode", "SoftwareTpm", "UnixConnection", "edgewarden"]
 
@@ -35,51 +36,6 @@ def edgewarden(*arguments: str | Path, check: bool = True) -> subprocess.Complet
     """Run the command line of this very checkout."""
     command = [sys.executable, "-m", "agent.cli", *map(str, arguments)]
     return subprocess.run(command, check=check, capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL)
-
-
-class SoftwareTpm:
-    """swtpm with its state below a directory; the same directory is the same TPM."""
-
-    def __init__(self, directory: Path) -> None:
-        self._state = directory.resolve()
-        self._process: subprocess.Popen[bytes] | None = None
-        self.port = 0
-
-    @property
-    def tcti(self) -> str:
-        """How the TPM software stack reaches it."""
-        return f"swtpm:host=127.0.0.1,port={self.port}"
-
-    def start(self) -> None:
-        """Power on."""
-        self._state.mkdir(parents=True, exist_ok=True)
-        for _ in range(20):
-            self.port = self.port or _two_free_ports()
-            self._process = subprocess.Popen(
-                [
-                    *("swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self._state}"),
-                    *("--server", f"type=tcp,port={self.port},bindaddr=127.0.0.1"),
-                    *("--ctrl", f"type=tcp,port={self.port + 1},bindaddr=127.0.0.1"),
-                    *("--flags", "startup-clear,not-need-init"),
-                ],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            while self._process.poll() is None:
-                with contextlib.suppress(OSError):
-                    socket.create_connection(("127.0.0.1", self.port + 1)).close()
-                    return
-                time.sleep(0.01)
-            self.port = 0
-        raise RuntimeError("swtpm does not start")
-
-    def stop(self) -> None:
-        """Power off."""
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
 
 
 class UnixConnection(HTTPConnection):
@@ -254,14 +210,3 @@ class DemoNode:
     def url(self, path: str) -> str:
         """Return the inference API's address of a path."""
         return f"https://127.0.0.1:{self.port}{urllib.parse.quote(path)}"
-
-
-def _two_free_ports() -> int:
-    """Return a free port whose successor is free too: swtpm's control channel stands there."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            with contextlib.suppress(OSError, OverflowError):
-                second.bind(("127.0.0.1", port + 1))
-                return port

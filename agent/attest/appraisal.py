@@ -14,7 +14,8 @@ Every check has a stable name (:data:`CHECKS`) and they run in that order:
 10. ``pcr-digest``: the PCR values are the attested ones.
 11. ``clock``: never behind the last verified one; resetCount does not fall. An unsafe clock is *retry later*.
 12. ``log-replay``: the entries continue the verified log, are as many as claimed and replay to the quoted PCR.
-13. ``models``, 14. ``refused``, 15. ``config``, 16. ``policy``: the replayed state against the Reference Values.
+13. ``models``, 14. ``refused``, 15. ``config``, 16. ``policy``: the replayed state against the Reference Values
+    (:mod:`agent.attest.findings`).
 17. ``boot-aggregate``, 18. ``boot-pcrs``: what was booted.
 
 Status, in the words of EAR (draft-ietf-rats-ear):
@@ -31,14 +32,15 @@ into a VerificationError for a caller that wants nothing else.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import msgspec
 
 from agent.attest.evidence import Claims, Evidence, HexDigest, extra_data, quoted_pcrs
-from agent.attest.measurement import MAX_LOG_ENTRIES, LogState, boot_aggregate, parse_entries, replay
+from agent.attest.findings import Check, compare
+from agent.attest.measurement import MAX_LOG_ENTRIES, LogState, parse_entries, replay
 from agent.attest.reference import ReferenceValues
 from agent.attest.structures import (
     ALG_SHA256,
@@ -76,7 +78,6 @@ CHECKS = (
 )
 
 Status: TypeAlias = Literal["affirming", "warning", "contraindicated", "none"]
-Outcome: TypeAlias = Literal["ok", "failed", "warning", "retry", "skipped"]
 
 
 class Verified(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,15 +117,6 @@ class Expectation:
     control_spki_sha256: str | None = None
     inference_spki_sha256: frozenset[str] | None = None
     verified: Verified | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One check's outcome, with words for a reader."""
-
-    name: str
-    outcome: Outcome
-    words: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +161,6 @@ class _RetryLaterError(VerificationError):
     """The one refusal that is nobody's fault."""
 
 
-_Finding: TypeAlias = tuple[Outcome, str]
 _Ok: TypeAlias = Callable[[str], None]
 
 
@@ -197,8 +188,8 @@ def appraise(evidence: bytes, expect: Expectation) -> Appraisal:
     except VerificationError as error:
         checks[error.check] = Check(error.check, "failed", error.message)
     else:
-        for name, (outcome, words) in _compare(verified.state, claims, values, expect.reference).items():
-            checks[name] = Check(name, outcome, words)
+        # 13-18. What is true is held against what was approved.
+        checks |= {check.name: check for check in compare(verified.state, claims, values, expect.reference)}
         outcomes = {check.outcome for check in checks.values()}
         status = "contraindicated" if "failed" in outcomes else "warning" if "warning" in outcomes else "affirming"
     return Appraisal(status, tuple(checks.values()), claims, verified)
@@ -298,91 +289,3 @@ def _replay(evidence: Evidence, clock: ClockInfo, quoted: bytes, expect: Expecta
         reset_count=clock.reset_count,
         restart_count=clock.restart_count,
     )
-
-
-def _compare(
-    state: LogState, claims: Claims, values: dict[int, bytes], reference: ReferenceValues
-) -> dict[str, _Finding]:
-    """All findings, not only the first: an operator wants to see every reason at once."""
-    return {
-        # 13. Every model file that was ever handed over since the reset was approved; those in force still are.
-        "models": _models(state, reference),
-        # 14. Nothing that was refused waits for its repair.
-        "refused": ("warning", f"refused: {_some(state.refused)}") if state.refused else ("ok", ""),
-        # 15. Settings, now and earlier.
-        "config": _setting("config", state, state.config, reference.configs, reference.configs),
-        # 16. The policy in force is assigned, or was until this rollout; earlier ones were approved once.
-        "policy": _policy(state, claims, reference),
-        # 17. The log began on the boot that the TPM shows.
-        "boot-aggregate": _boot_aggregate(state, values, reference),
-        # 18. Boot PCRs by their rules.
-        "boot-pcrs": _boot_pcrs(values, reference),
-    }
-
-
-def _some(names: Iterable[str], limit: int = 5) -> str:
-    found = sorted(names)
-    return ", ".join(found[:limit]) + (f" and {len(found) - limit} more" if len(found) > limit else "")
-
-
-def _models(state: LogState, reference: ReferenceValues) -> _Finding:
-    def approved(path: str, digest: str) -> bool:
-        return digest in reference.models.get(path, ())
-
-    in_force = {path for path, digest in state.models.items() if not approved(path, digest)}
-    ever = {
-        path
-        for path, digest in state.seen
-        if "/" in path and not approved(path, digest) and digest not in reference.withdrawn.get(path, ())
-    }
-    if in_force:
-        return "failed", f"in force and not approved: {_some(in_force)}"
-    if ever:
-        return "failed", f"handed over since the last reset and never approved: {_some(ever)}"
-    return "ok", ""
-
-
-def _setting(
-    kind: str, state: LogState, in_force: str | None, approved: Iterable[str], once: Iterable[str]
-) -> _Finding:
-    if in_force is None:
-        return "failed", f"no {kind} was measured"
-    if in_force not in approved:
-        return "failed", f"the {kind} in force ({in_force[:16]}…) is not approved"
-    unknown = {digest for what, digest in state.seen if what == kind}.difference(once)
-    if unknown:
-        return "failed", f"a {kind} was in force since the last reset that was never approved: {_some(unknown)}"
-    return "ok", ""
-
-
-def _policy(state: LogState, claims: Claims, reference: ReferenceValues) -> _Finding:
-    policy = reference.policy
-    if state.policy is not None and claims.policy_sha256 != state.policy:
-        return "failed", "the claims name another policy than the log"
-    finding = _setting("policy", state, state.policy, policy.in_force, policy.in_force | policy.retired)
-    if finding[0] == "ok" and state.policy != policy.assigned:
-        return "ok", "the previous policy: the assigned one has not arrived yet"
-    return finding
-
-
-def _boot_aggregate(state: LogState, values: dict[int, bytes], reference: ReferenceValues) -> _Finding:
-    at_start = values | {reference.measurement.pcr: bytes.fromhex(reference.measurement.start)}
-    expected = boot_aggregate(at_start[index] for index in range(10)).digest.hex()
-    if state.boot_aggregate == expected:
-        return "ok", ""
-    return "warning", "PCRs 0-9 are not what they were when the log began"
-
-
-def _boot_pcrs(values: dict[int, bytes], reference: ReferenceValues) -> _Finding:
-    changed: dict[str, list[str]] = {"ignored": [], "pinned": [], "exact": []}
-    for index, rule in sorted(reference.boot.items()):
-        if values[index].hex() not in rule.values:
-            changed[rule.mode].append(str(index))
-    if changed["exact"]:
-        return "failed", f"PCRs {', '.join(changed['exact'])} are not what was approved"
-    if changed["pinned"]:
-        return (
-            "warning",
-            f"PCRs {', '.join(changed['pinned'])} changed since enrolment; approve the change or look into it",
-        )
-    return "ok", ""

@@ -11,7 +11,9 @@ Rules:
 4. One file per resetCount. A greater count starts a new file and keeps the old ones; a count that falls means that the
    TPM was cleared. A count that rises under a running agent fails every measurement until the log is opened again.
 5. The start value is given by the operator's approval, zero or another; an empty log must find the PCR at it.
-6. One lock orders appends and quotes, so that a quote and the entries that are sent with it belong together.
+6. A second log may stand beside this one, in another PCR (:meth:`MeasurementLog.mirror_to`). An entry goes there first, and is measured when it is
+   in both: so the other claims what this one does, or more, never less. Each is checked and recovered by itself.
+7. One lock orders appends and quotes, so that a quote and the entries that are sent with it belong together.
 
 The file and the TPM are touched on the TPM's thread only, so their order is that thread's order, whatever is cancelled.
 """
@@ -22,7 +24,7 @@ import asyncio
 import contextlib
 import os
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,16 +74,14 @@ class Snapshot:
     state: LogState
 
 
-def check_pcr(pcr: int) -> int:
+def check_pcr(pcr: int, allowed: Collection[int] = ALLOWED_PCRS) -> int:
     """Return the PCR if it can hold the log.
 
     Raises:
         ConfigError: it can't.
     """
-    if pcr not in ALLOWED_PCRS:
-        raise ConfigError(
-            f"attestation: PCR {pcr} can't hold the measurement log; choose one of {sorted(ALLOWED_PCRS)}"
-        )
+    if pcr not in allowed:
+        raise ConfigError(f"attestation: PCR {pcr} can't hold the measurement log; choose one of {sorted(allowed)}")
     return pcr
 
 
@@ -112,24 +112,42 @@ def _sync_folder(folder: Path) -> None:
 class MeasurementLog:
     """The log of this boot. Make it with :meth:`open`."""
 
-    def __init__(self, tpm: TpmThread, folder: Path, pcr: int, start: bytes) -> None:
+    def __init__(
+        self, tpm: TpmThread, folder: Path, pcr: int, start: bytes, allowed: Collection[int] = ALLOWED_PCRS
+    ) -> None:
         self._tpm = tpm
-        self._file = _LogFile(folder, check_pcr(pcr), start)
+        self._file = _LogFile(folder, check_pcr(pcr, allowed), start)
+        self._mirror: MeasurementLog | None = None
         self._lock = asyncio.Lock()
         self._now: Snapshot | None = None
         self._ends: array[int] = array("Q")  # where in the file each entry ends
         self._reset_count: int | None = None
 
     @classmethod
-    async def open(cls, tpm: TpmThread, folder: Path, pcr: int, start: bytes = ZERO_PCR) -> MeasurementLog:
+    async def open(
+        cls,
+        tpm: TpmThread,
+        folder: Path,
+        pcr: int,
+        start: bytes = ZERO_PCR,
+        allowed: Collection[int] = ALLOWED_PCRS,
+    ) -> MeasurementLog:
         """Open, or begin, the log of this boot and recover it; a new one is given its ``boot_aggregate``.
 
+        Args:
+            tpm: the TPM's thread.
+            folder: where the files of all boots lie.
+            pcr: holds the log.
+            start: what the PCR held before the first entry.
+            allowed: PCRs that may hold this log.
+
         Raises:
+            ConfigError: the PCR is none of those.
             VerificationError: ``measurement-log``: file and PCR tell different stories.
             TpmClearedError: the resetCount fell.
             TpmError, HostError: the TPM or the disk does not do its part.
         """
-        log = cls(tpm, folder, pcr, start)
+        log = cls(tpm, folder, pcr, start, allowed)
         await log._begin()
         return log
 
@@ -139,6 +157,10 @@ class MeasurementLog:
             if now.count == 0:
                 boot_pcrs = await self._tpm.call(lambda tpm: tpm.read_pcrs(_BOOT_PCRS))
                 await self._append(now, boot_aggregate(boot_pcrs.values()), at_start=True)
+
+    def mirror_to(self, mirror: MeasurementLog) -> None:
+        """Give another log every entry from now on, as rule 6 says."""
+        self._mirror = mirror
 
     @property
     def pcr(self) -> int:
@@ -195,6 +217,8 @@ class MeasurementLog:
             VerificationError, TpmError, HostError: it must not take effect. The entry may yet be found pending and be
                 extended: a log may claim more than was in force, never less.
         """
+        if self._mirror is not None:
+            await self._mirror.append(entry)
         async with self.locked() as now:
             return await self._append(now, entry)
 

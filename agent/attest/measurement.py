@@ -28,6 +28,8 @@ from agent.errors import VerificationError
 __all__ = [
     "ALLOWED_PCRS",
     "BOOT_AGGREGATE",
+    "CONFIG_PATH",
+    "KERNEL_PCR",
     "MAX_ENTRY_BYTES",
     "MAX_LOG_BYTES",
     "MAX_LOG_ENTRIES",
@@ -39,10 +41,13 @@ __all__ = [
     "boot_aggregate",
     "config_entry",
     "model_entry",
+    "model_path",
     "parse_entries",
     "policy_entry",
+    "policy_path",
     "read_entry",
     "refused_entry",
+    "refused_path",
     "replay",
     "unload_entry",
 ]
@@ -54,8 +59,11 @@ PCR_BYTES = 32  # SHA-256 bank
 ZERO_PCR = bytes(PCR_BYTES)
 ALLOWED_PCRS = frozenset({8, 9, 11, 12, 13, 14, 15})
 """PCRs that can hold the log: 0-7 are the firmware's, 10 is the kernel's, 16 and 23 are resettable at locality 0."""
+KERNEL_PCR = 10
+"""Where Linux keeps its own IMA list; Keylime takes a list from nowhere else."""
 
 BOOT_AGGREGATE = "boot_aggregate"
+CONFIG_PATH = "edgewarden/config"
 _TEMPLATE = b"ima-ng"
 _DIGEST_PREFIX = b"sha256:\0"
 _HEADER = struct.Struct("<I20sI")  # pcr, SHA-1 template digest, length of the template's name
@@ -64,7 +72,6 @@ _DIGEST_FIELD_BYTES = len(_DIGEST_PREFIX) + PCR_BYTES
 _MAX_DATA_BYTES = 2 * _LENGTH.size + _DIGEST_FIELD_BYTES + MAX_PATH_BYTES + 1
 MAX_ENTRY_BYTES = _HEADER.size + len(_TEMPLATE) + _LENGTH.size + _MAX_DATA_BYTES
 
-_CONFIG = "edgewarden/config"
 _PATH = re.compile(r"[!-~]+")
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _FILE = re.compile(r"[!-.0-~]+(?:/[!-.0-~]+)*")  # printable ASCII without spaces, no empty part
@@ -117,10 +124,25 @@ def _segment(word: str) -> str:
     return word
 
 
-def _model_path(kind: str, name: str, version: str, file: str) -> str:
+def _model_key(name: str, version: str, file: str) -> str:
     if not _FILE.fullmatch(file) or not {".", ".."}.isdisjoint(file.split("/")):
         raise VerificationError("measurement-path", f"{file!r} is not a file name that a log entry can hold")
-    return f"edgewarden/{kind}/{_segment(name)}/{_segment(version)}/{file}"
+    return f"{_segment(name)}/{_segment(version)}/{file}"
+
+
+def model_path(key: str) -> str:
+    """Return the log's path of a file handed over, from its ``name/version/file``."""
+    return f"edgewarden/models/{key}"
+
+
+def refused_path(key: str) -> str:
+    """Return the log's path of a file refused, from its ``name/version/file``."""
+    return f"edgewarden/refused/{key}"
+
+
+def policy_path(revision: str) -> str:
+    """Return the log's path of a policy bundle."""
+    return f"edgewarden/policy/{revision}"
 
 
 def boot_aggregate(pcrs: Iterable[bytes]) -> Entry:
@@ -130,12 +152,12 @@ def boot_aggregate(pcrs: Iterable[bytes]) -> Entry:
 
 def config_entry(digest: bytes) -> Entry:
     """Measure the security-relevant settings (SHA-256 of their JCS)."""
-    return _entry(_CONFIG, digest)
+    return _entry(CONFIG_PATH, digest)
 
 
 def policy_entry(revision: str, digest: bytes) -> Entry:
     """Measure a policy bundle's bytes before it takes effect."""
-    return _entry(f"edgewarden/policy/{_segment(revision)}", digest)
+    return _entry(policy_path(_segment(revision)), digest)
 
 
 def model_entry(name: str, version: str, file: str, digest: bytes) -> Entry:
@@ -144,12 +166,12 @@ def model_entry(name: str, version: str, file: str, digest: bytes) -> Entry:
     Raises:
         VerificationError: ``measurement-path`` when the names cannot stand in a log entry; so for all below.
     """
-    return _entry(_model_path("models", name, version, file), digest)
+    return _entry(model_path(_model_key(name, version, file)), digest)
 
 
 def refused_entry(name: str, version: str, file: str, digest: bytes) -> Entry:
     """Note a model file whose digest is wrong, so that it was not loaded."""
-    return _entry(_model_path("refused", name, version, file), digest)
+    return _entry(refused_path(_model_key(name, version, file)), digest)
 
 
 def unload_entry(name: str, version: str) -> Entry:

@@ -6,6 +6,8 @@ can't hold the log is a ConfigError. The start value of the measurement PCR stan
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
@@ -15,9 +17,10 @@ from agent.attest.measurement import ALLOWED_PCRS, ZERO_PCR
 from agent.errors import ConfigError
 from agent.records import JsonValue, canonical
 
-__all__ = ["MAX_REFERENCE_BYTES", "BootRule", "Measurement", "PolicyReference", "ReferenceValues"]
+__all__ = ["MAX_REFERENCE_BYTES", "BootRule", "Measurement", "PolicyReference", "ReferenceValues", "pinned"]
 
 MAX_REFERENCE_BYTES = 16 * 1024 * 1024
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,6 +57,7 @@ class ReferenceValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         measurement: PCR and start value of the log.
         policy: policy bundles.
         configs: digests of approved settings.
+        retired_configs: settings approved once: fine earlier in this boot, not in force.
         models: approved digests by ``name/version/file``.
         withdrawn: digests once approved, by ``name/version/file``: fine in the past, not in force.
         boot: rules for PCRs 0-9 and 11; one without a rule is ignored.
@@ -65,6 +69,7 @@ class ReferenceValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     models: dict[str, frozenset[HexDigest]] = {}
     withdrawn: dict[str, frozenset[HexDigest]] = {}
     boot: dict[Annotated[int, msgspec.Meta(ge=0, le=11)], BootRule] = {}
+    retired_configs: frozenset[HexDigest] = frozenset()
     version: Literal[1] = 1
 
     def encode(self) -> bytes:
@@ -92,3 +97,25 @@ class ReferenceValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "Reference Values: a boot rule names PCR 10 or the measurement PCR; neither is a boot PCR"
             )
         return values
+
+
+def pinned(reference: ReferenceValues, pcrs: Mapping[int, str]) -> ReferenceValues:
+    """Add a node's boot PCR values from its enrolment to the rules of mode ``pinned``.
+
+    Values that an operator approved since stay beside them. A pinned PCR without a value here keeps its rule, so that it warns.
+
+    Args:
+        reference: of the node's group.
+        pcrs: SHA-256 bank by index, lower-case hex.
+
+    Raises:
+        ConfigError: a value is not 64 lower-case hex digits.
+    """
+    for index, value in pcrs.items():
+        if not _DIGEST.fullmatch(value):
+            raise ConfigError(f"the value of PCR {index} at enrolment is not a SHA-256 digest")
+    boot = {
+        index: BootRule(rule.mode, rule.values | {pcrs[index]}) if rule.mode == "pinned" and index in pcrs else rule
+        for index, rule in reference.boot.items()
+    }
+    return msgspec.structs.replace(reference, boot=boot)

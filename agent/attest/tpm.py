@@ -43,7 +43,7 @@ from tpm2_pytss.utils import NVReadEK, create_ek_template
 from agent.attest.structures import AkKind, ClockInfo, parse_ak_public, parse_rsa_ak_public
 from agent.errors import TpmError
 
-__all__ = ["Endorsement", "Tpm", "TpmClearedError"]
+__all__ = ["DEFAULT_EK_PROFILES", "EK_PROFILES", "Endorsement", "Tpm", "TpmClearedError"]
 
 MAX_TRANSIENT_HANDLES = 64
 MAX_BANKS = 16
@@ -60,8 +60,8 @@ _BANK_HASHES = {
     0x0028: "sha3_384",
     0x0029: "sha3_512",
 }
-_EK_TYPES = ("EK-RSA2048", "EK-ECC256", "EK-HIGH-RSA2048", "EK-HIGH-ECC256", "EK-HIGH-ECC384")
-_DEFAULT_EK_TYPES = ("EK-RSA2048", "EK-ECC256")  # whose policy is PolicySecret of the endorsement hierarchy
+EK_PROFILES = ("EK-RSA2048", "EK-ECC256", "EK-HIGH-RSA2048", "EK-HIGH-ECC256", "EK-HIGH-ECC384")
+DEFAULT_EK_PROFILES = ("EK-RSA2048", "EK-ECC256")  # whose policy is PolicySecret of the endorsement hierarchy
 _T = TypeVar("_T")
 
 
@@ -202,6 +202,10 @@ class Tpm:
         )
         self._run(f"extend PCR {pcr}", self._esys.pcr_extend, ESYS_TR(pcr), digests)
 
+    def reset(self, pcr: int) -> None:
+        """Set a PCR to zero in every bank, where the TPM lets locality 0 do so: 16 and 23."""
+        self._run(f"reset PCR {pcr}", self._esys.pcr_reset, ESYS_TR(pcr))
+
     def quote(self, indices: Iterable[int], extra_data: bytes, ak: AkKind = AkKind.ECC_P256) -> tuple[bytes, bytes]:
         """Quote PCRs of the SHA-256 bank by an attestation key.
 
@@ -217,10 +221,10 @@ class Tpm:
             raise _ours(error, "quote") from error
         return bytes(attest), signature.marshal()
 
-    def endorsements(self) -> tuple[Endorsement, ...]:
-        """Read each endorsement key that has a certificate in the TPM (TCG EK Credential Profile 2.5)."""
+    def endorsements(self, profiles: Iterable[str] = EK_PROFILES) -> tuple[Endorsement, ...]:
+        """Read each endorsement key that has a certificate in the TPM (TCG EK Credential Profile 2.5); each is made, which takes its time."""
         found = []
-        for profile in _EK_TYPES:
+        for profile in profiles:
             try:
                 certificate, template = create_ek_template(profile, NVReadEK(self._esys))
             except ValueError:  # this profile has no certificate here
@@ -274,8 +278,8 @@ class Tpm:
         return bytes(found)
 
     def _ek_template(self, profile: str) -> Any:  # noqa: ANN401 -- as above
-        if profile not in _DEFAULT_EK_TYPES:
-            raise TpmError(f"TPM: {profile[:32]!r} is none of the endorsement keys {', '.join(_DEFAULT_EK_TYPES)}")
+        if profile not in DEFAULT_EK_PROFILES:
+            raise TpmError(f"TPM: {profile[:32]!r} is none of the endorsement keys {', '.join(DEFAULT_EK_PROFILES)}")
         return self._run(f"read the template of {profile}", create_ek_template, profile, NVReadEK(self._esys))[1]
 
     @contextmanager

@@ -129,25 +129,23 @@ class TpmThread:
         """Whether the last call was answered, if only by a refusal."""
         return self._failures == 0
 
-    async def call(self, job: Callable[[Tpm], _T], *, slow_commands: int = 0) -> _T:
+    async def call(self, job: Callable[[Tpm], _T], *, timeout_s: float = 0.0) -> _T:
         """Run a job on the TPM's thread, after those that were called before.
 
         Args:
-            job: what to do.
-            slow_commands: how many of its commands may take as long as a call each, beside the first: a discrete TPM makes an RSA
-                key in many seconds.
+            job: what to do with the TPM.
+            timeout_s: for a job that may take longer than a call usually does, such as the making of an RSA key.
 
         Raises:
             TpmError: the TPM refused, did not answer in time, can't be reached, or waits for its next attempt.
         """
         async with self._turn:
             worker, limit_s = self._begin()
-            limit_s += slow_commands * self._call_timeout_s
             try:
-                async with asyncio.timeout(limit_s):
+                async with asyncio.timeout(max(limit_s, timeout_s)):
                     result = await worker.submit(job)
             except TimeoutError:
-                raise self._fail(worker, TpmError(f"TPM: no answer within {limit_s} s")) from None
+                raise self._fail(worker, TpmError(f"TPM: no answer within {max(limit_s, timeout_s)} s")) from None
             except TpmError as error:
                 if worker.connected:
                     self._failures = 0

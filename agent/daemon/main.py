@@ -34,9 +34,11 @@ from agent.attest.tpm_thread import TpmThread
 from agent.audit.log import AuditLog
 from agent.config import Environment, Settings
 from agent.control.health import Health, Metrics, health_application
+from agent.control.keylime import keylime_application
 from agent.control.serving import Surface
 from agent.control.surface import admin_application
 from agent.daemon.control import ControlListener
+from agent.daemon.keylime import KeylimeMode, prepare_keylime
 from agent.daemon.membership import Membership
 from agent.daemon.node import Node
 from agent.daemon.provision import (
@@ -120,6 +122,7 @@ class _Agent:
         self._settings = settings
         self._listeners = listeners
         self._control: tuple[ssl.SSLContext, str] | None = None
+        self._keylime: KeylimeMode | None = None
         self._zygote = zygote
         self._state = Path(settings.node.state_dir)
         self._notifier = Notifier(environment.notify_socket)
@@ -176,6 +179,7 @@ class _Agent:
         settings = self._settings
         material = stack.enter_context(contextlib.closing(read_material(settings, self._listeners.inference)))
         self._control = material.control
+        self._keylime = prepare_keylime(settings.attest.keylime, self._state)
         health = Health()
         health.report("live", holds=True, why="the control plane runs")
         timeout_s = settings.tpm.timeout_ms / 1000
@@ -183,9 +187,7 @@ class _Agent:
             settings.tpm.tcti, call_timeout_s=timeout_s, connect_timeout_s=TPM_COMMANDS_TO_CONNECT * timeout_s
         )
         stack.push_async_callback(tpm.close)
-        start = bytes.fromhex(settings.tpm.start_value) if settings.tpm.start_value else ZERO_PCR
-        log = await MeasurementLog.open(tpm, self._state / "measurements", settings.tpm.pcr, start)
-        await log.append(config_entry(hashlib.sha256(settings.measured()).digest()))
+        log, mirror = await self._open_logs(tpm)
         health.report("attested", holds=True, why="the measurement log and the TPM agree")
 
         deadline_s = settings.policy.evaluation_deadline_ms / 1000
@@ -236,7 +238,20 @@ class _Agent:
             inference_spki_sha256=material.inference_spki_sha256,
             posture_source=lambda: _flat(posture(self._state)),
         )
+        if self._keylime and mirror:
+            node.keylime = self._keylime.flow(tpm, mirror, node, lambda said: health.detail("keylime", said))
         return node
+
+    async def _open_logs(self, tpm: TpmThread) -> tuple[MeasurementLog, MeasurementLog | None]:
+        """Open the node's measurement log, and Keylime's where that is enabled, and measure the configuration."""
+        settings = self._settings
+        start = bytes.fromhex(settings.tpm.start_value) if settings.tpm.start_value else ZERO_PCR
+        log = await MeasurementLog.open(tpm, self._state / "measurements", settings.tpm.pcr, start)
+        mirror = await self._keylime.mirror(tpm, self._state) if self._keylime else None
+        if mirror:
+            log.mirror_to(mirror)
+        await log.append(config_entry(hashlib.sha256(settings.measured()).digest()))
+        return log, mirror
 
     async def _bring_up(self, node: Node, stack: contextlib.AsyncExitStack) -> None:
         settings = self._settings
@@ -259,6 +274,10 @@ class _Agent:
         await node.dataplane.wait_ready()
         await self._serve(stack, admin_application(node), self._listeners.admin_unix)
         await self._serve_controller(node, stack)
+        if self._keylime and node.keylime and self._listeners.keylime:
+            keylime = keylime_application(node.keylime)
+            await self._serve(stack, keylime, self._listeners.keylime, self._keylime.context)
+            self._run(node.keylime.enrol())
         self._run(watcher.run())
         self._run(self._check_tpm(node))
         self._run(self._retry_models(node))
@@ -311,6 +330,8 @@ class _Agent:
         """Keep the fact ``attested``: the TPM answers and still holds what the log says."""
         while True:
             await asyncio.sleep(TPM_CHECK_S)
+            if node.keylime:
+                await node.keylime.check()
             try:
                 await node.check_attested()
             except TpmResetError:

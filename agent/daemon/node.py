@@ -27,6 +27,7 @@ from agent.errors import HostError, PeerError, VerificationError
 from agent.flows.attestation import AttestationFlow
 from agent.flows.dataplane import Dataplane
 from agent.flows.enrolment import EnrolOrder
+from agent.flows.keylime import KeylimeFlow
 from agent.flows.models import ModelKeeper
 from agent.flows.policies import PolicyKeeper
 from agent.policy.client import PolicyClient
@@ -57,6 +58,7 @@ class Node:
     attestation: AttestationFlow = field(init=False)
     membership: Membership = field(init=False)
     models_changed: asyncio.Event = field(default_factory=asyncio.Event)
+    keylime: KeylimeFlow | None = field(default=None, init=False)
 
     # --- what the flows ask for
 

@@ -64,12 +64,13 @@ class Listeners:
     inference: socket.socket
     control: socket.socket | None
     metrics: socket.socket | None
+    keylime: socket.socket | None
     health_unix: socket.socket
     admin_unix: socket.socket
 
     def close(self) -> None:
         """Close all of them."""
-        for sock in (self.inference, self.control, self.metrics, self.health_unix, self.admin_unix):
+        for sock in (self.inference, self.control, self.metrics, self.keylime, self.health_unix, self.admin_unix):
             if sock is not None:
                 sock.close()
 
@@ -96,11 +97,13 @@ def bind_listeners(settings: Settings) -> Listeners:
     make_directory("node.runtime_dir", runtime)
     control = settings.control.listen if settings.control else None
     metrics = settings.metrics.listen
+    keylime = settings.attest.keylime.listen if settings.attest.keylime.enabled else None
     with contextlib.ExitStack() as stack:
         bound = Listeners(
             stack.enter_context(_bind_tcp("inference.listen", settings.inference.listen)),
             stack.enter_context(_bind_tcp("control.listen", control)) if control else None,
             stack.enter_context(_bind_tcp("metrics.listen", metrics)) if metrics else None,
+            stack.enter_context(_bind_tcp("attest.keylime.listen", keylime)) if keylime else None,
             stack.enter_context(_bind_unix(runtime / "health.sock", 0o666)),
             stack.enter_context(_bind_unix(runtime / "admin.sock", 0o660)),
         )
@@ -285,7 +288,7 @@ def gateway_spec(settings: Settings, listener: socket.socket) -> tuple[ChildSpec
         "client_ca": read_pem("inference.client_ca", inference.client_ca),
     }
     # The gateway does this again; here it is an error that an operator sees, there it would be a crash loop.
-    server_context("inference", **material)
+    server_context("inference", material["certificate"], material["key"], material["client_ca"])
     tokens = None
     if inference.tokens:
         material["jwks"] = read_pem("inference.tokens.jwks", inference.tokens.jwks)

@@ -23,7 +23,9 @@ __all__ = ["check_expiry", "server_context"]
 _log = structlog.get_logger(__name__)
 
 
-def server_context(section: str, certificate: bytes, key: bytes, client_ca: bytes) -> ssl.SSLContext:
+def server_context(
+    section: str, certificate: bytes, key: bytes, client_ca: bytes, *, ca_setting: str = "client_ca"
+) -> ssl.SSLContext:
     """Build a listener's context from PEM.
 
     Args:
@@ -31,6 +33,7 @@ def server_context(section: str, certificate: bytes, key: bytes, client_ca: byte
         certificate: the server's chain.
         key: its private key, not encrypted.
         client_ca: CAs that sign clients' certificates.
+        ca_setting: what the section calls it.
 
     Raises:
         ConfigError: they are no certificates, or do not belong together.
@@ -52,7 +55,7 @@ def server_context(section: str, certificate: bytes, key: bytes, client_ca: byte
     try:
         context.load_verify_locations(cadata=client_ca.decode("ascii"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{section}.client_ca: not PEM certificates: {_words(error)}") from error
+        raise ConfigError(f"{section}.{ca_setting}: not PEM certificates: {_words(error)}") from error
     context.verify_mode = ssl.CERT_REQUIRED
     return context
 

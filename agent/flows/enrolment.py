@@ -45,7 +45,7 @@ MAX_CHALLENGE_BYTES: Final = 16 * 1024
 MAX_GRANT_BYTES: Final = MAX_RESULT_BYTES + 256 * 1024
 DEFAULT_EK: Final = "EK-RSA2048"
 _EK_PROFILES: Final = (DEFAULT_EK, "EK-ECC256")  # those that a credential can be activated with
-_SLOW_COMMANDS: Final = 8  # keys that a discrete TPM makes
+_SLOW_CALL_S: Final = 90.0  # a discrete TPM makes keys for these calls
 
 
 class EnrolOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -106,7 +106,7 @@ class EnrolmentFlow:
         key = new_key()
         await asyncio.to_thread(self.store.save_key, key)
         spki = public_spki_sha256(key)
-        endorsement = await self.tpm.call(_endorsement, slow_commands=_SLOW_COMMANDS)
+        endorsement = await self.tpm.call(_endorsement, timeout_s=_SLOW_CALL_S)
         async with open_link(token.url, context) as link:
             # 3. First call.
             request = EnrolRequest(
@@ -125,7 +125,7 @@ class EnrolmentFlow:
                 lambda tpm: tpm.activate_credential(
                     AkKind.ECC_P256, endorsement.profile, challenge.credential_blob, challenge.encrypted_secret
                 ),
-                slow_commands=_SLOW_COMMANDS,
+                timeout_s=_SLOW_CALL_S,
             )
             # 5. Second call.
             evidence = await self.evidence(bytes.fromhex(challenge.nonce), 0, spki)

@@ -178,7 +178,7 @@ def test_a_scanned_page_is_classified_at_each_rotation(running_node, form, turns
 @pytest.mark.parametrize(
     ("content", "label"),
     [
-        ((ROOT / "agent" / "config.py").read_bytes(), "python"),
+        ((ROOT / "agent" / "config" / "__init__.py").read_bytes(), "python"),
         ((ASSETS / "skimage" / "data" / "page.png").read_bytes(), "png"),
         (json.dumps({"a": list(range(300))}).encode(), "json"),
     ],

@@ -3,7 +3,7 @@
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
-from agent.attest.appraisal import Expectation
+from agent.attest.appraisal import Appraisal, Expectation, Verified, appraise
 from agent.attest.evidence import AuditHead, Claims, Evidence, PcrValues, extra_data, quoted_pcrs
 from agent.attest.measurement import (
     ZERO_PCR,
@@ -65,6 +65,7 @@ class Attester:
     """Every field of the quote can be set; what is left alone is what an honest TPM would write."""
 
     key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.derive_private_key(7, ec.SECP256R1()))
+    template: bytes = AK_TEMPLATE
     magic: int = 0xFF544347
     kind: int = 0x8018
     hierarchy: int = 0x4000000B
@@ -76,7 +77,7 @@ class Attester:
     @property
     def ak_public(self) -> bytes:
         numbers = self.key.public_key().public_numbers()
-        return AK_TEMPLATE + _sized(numbers.x.to_bytes(32)) + _sized(numbers.y.to_bytes(32))
+        return self.template + _sized(numbers.x.to_bytes(32)) + _sized(numbers.y.to_bytes(32))
 
     def quote(self, qualifying: bytes, values: dict[int, bytes]) -> tuple[bytes, bytes]:
         bits = sum(1 << index for index in self.selected)
@@ -145,3 +146,37 @@ def with_reference(**changes: Any) -> ReferenceValues:
 
 def state_of(*entries: Entry) -> LogState:
     return LogState().after(entries, at_start=True)
+
+
+@dataclass
+class PolledNode:
+    """A node whose log grows, and a Verifier that asks for what is new and keeps what it verified."""
+
+    attester: Attester = field(default_factory=Attester)
+    log: list[Entry] = field(default_factory=lambda: list(ENTRIES))
+    verified: Verified | None = None
+
+    def poll(self, *new: Entry, reference: ReferenceValues = REFERENCE) -> Appraisal:
+        """Append entries, then ask from the last verified index."""
+        self.log += new
+        before = self.verified
+        clock = self.attester.clock
+        start = before.index if before is not None and before.reset_count == clock.reset_count else 0
+        return self._ask(start, reference)
+
+    def poll_anew(self, reference: ReferenceValues = REFERENCE) -> Appraisal:
+        """Ask for the whole log."""
+        return self._ask(0, reference)
+
+    def reset(self) -> None:
+        """Boot anew: the TPM counts it, and a new log begins."""
+        self.attester.clock = replace(self.attester.clock, reset_count=self.attester.clock.reset_count + 1)
+        self.log = list(ENTRIES)
+
+    def _ask(self, start: int, reference: ReferenceValues) -> Appraisal:
+        self.attester.clock = replace(self.attester.clock, clock=self.attester.clock.clock + 1)
+        evidence = self.attester.evidence(self.log, start=start, policy_sha256=state_of(*self.log).policy)
+        asked = expectation(self.attester, reference=reference, verified=self.verified)
+        found = appraise(evidence.encode(), asked)
+        self.verified = found.verified or self.verified
+        return found

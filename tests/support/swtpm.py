@@ -1,54 +1,31 @@
 """A software TPM for tests: real commands, real keys, and the ways in which a TPM fails."""
 
-import contextlib
 import os
 import signal
-import socket
-import subprocess
-import time
 from pathlib import Path
 from typing import Self
 
 from tpm2_pytss import ESAPI, ESYS_TR, TPM2_SU
 
-START_TIMEOUT_S = 10.0
-_ATTEMPTS = 20
-
-
-def _free_ports() -> int:
-    """Find a port that is free together with the next one: swtpm's control channel stands there for the TSS."""
-    for _ in range(_ATTEMPTS):
-        with socket.socket() as data, socket.socket() as control:
-            data.bind(("127.0.0.1", 0))
-            port: int = data.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                control.bind(("127.0.0.1", port + 1))
-                return port
-    raise RuntimeError("no two free ports in a row")
+from tools.software_tpm import SoftwareTpm
 
 
 class SwTpm:
     """``with SwTpm(tmp_path) as tpm: ... tpm.tcti``.
 
     Args:
-        folder: where its state lives (absolute); a second SwTpm on the same folder is the same TPM.
-        manufactured: run ``swtpm_setup`` first: EK certificates and only these PCR banks.
+        folder: where its state lives; a second SwTpm on the same folder is the same TPM.
+        manufactured: with EK certificates, by the vendor whose CA lies in ``folder / "vendor"``, and only these PCR banks.
         banks: PCR banks of a manufactured TPM.
     """
 
     def __init__(self, folder: Path, *, manufactured: bool = False, banks: str = "sha1,sha256") -> None:
-        self._state = folder.resolve() / "swtpm"
-        if not self._state.exists():
-            self._state.mkdir(parents=True)
-            if manufactured:
-                setup = ["swtpm_setup", "--tpm2", "--tpmstate", str(self._state), "--create-ek-cert"]
-                subprocess.run([*setup, "--pcr-banks", banks], check=True, capture_output=True)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._port = 0
+        self.vendor = folder / "vendor"
+        self._tpm = SoftwareTpm(folder / "swtpm", vendor=self.vendor if manufactured else None, banks=banks)
 
     @property
     def tcti(self) -> str:
-        return f"swtpm:host=127.0.0.1,port={self._port}"
+        return self._tpm.tcti
 
     def __enter__(self) -> Self:
         self.start()
@@ -58,50 +35,18 @@ class SwTpm:
         self.kill()
 
     def start(self) -> None:
-        """Power on: TPM2_Startup(CLEAR). The port stays the same from the first start on."""
-        for _ in range(_ATTEMPTS):
-            self._port = self._port or _free_ports()
-            self._process = subprocess.Popen(
-                [
-                    *("swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self._state}"),
-                    *("--server", f"type=tcp,port={self._port},bindaddr=127.0.0.1"),
-                    *("--ctrl", f"type=tcp,port={self._port + 1},bindaddr=127.0.0.1"),
-                    *("--flags", "startup-clear,not-need-init"),
-                ],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            if self._listens():
-                return
-            self.kill()
-            self._port = 0  # another process took it
-        raise RuntimeError("swtpm does not start")
-
-    def _listens(self) -> bool:
-        assert self._process is not None
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline and self._process.poll() is None:
-            try:
-                socket.create_connection(("127.0.0.1", self._port + 1)).close()
-            except OSError:
-                time.sleep(0.01)
-            else:
-                return True
-        return False
+        """Power on: TPM2_Startup(CLEAR)."""
+        self._tpm.start()
 
     def kill(self) -> None:
-        """Power off without a shutdown: the clock is unsafe for some time after the next start."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        """Power off without a shutdown."""
+        self._tpm.stop()
 
     def reboot(self) -> None:
         """Shut the TPM down in order, as a kernel does, and power it on again."""
         with ESAPI(self.tcti) as esys:
             esys.shutdown(TPM2_SU.CLEAR)
-        self.kill()
-        self.start()
+        self.power_cycle()
 
     def power_cycle(self) -> None:
         """Power off and on without a shutdown."""
@@ -115,10 +60,12 @@ class SwTpm:
 
     def stop(self) -> None:
         """Make it hang: it accepts commands and answers none."""
-        assert self._process is not None
-        os.kill(self._process.pid, signal.SIGSTOP)
+        self._send(signal.SIGSTOP)
 
     def resume(self) -> None:
         """End the hang; what it was sent meanwhile is executed."""
-        assert self._process is not None
-        os.kill(self._process.pid, signal.SIGCONT)
+        self._send(signal.SIGCONT)
+
+    def _send(self, number: signal.Signals) -> None:
+        assert self._tpm.process is not None
+        os.kill(self._tpm.process.pid, number)

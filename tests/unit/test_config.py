@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 import yaml
 
-from agent.config import json_schema, load, read_environment, split_listen
+from agent.config import json_schema, keylime_contact, load, read_environment, split_listen
 from agent.errors import ConfigError
 
 GOOD: dict[str, Any] = {
@@ -26,6 +26,23 @@ def write(tmp_path, document):
 
 def changed(section, **values):
     return {**GOOD, section: {**GOOD.get(section, {}), **values}}
+
+
+def keylime(**values):
+    """Settings of the Keylime mode that are in order, but for these."""
+    good = {"enabled": True, "uuid": "node-1", "registrar": "http://192.0.2.1:8890", "verifier_ca": "cv.crt"}
+    return changed("attest", keylime={**good, **values})
+
+
+def test_the_keylime_mode_is_read_where_it_is_enabled(tmp_path):
+    """Its file is relative to the configuration, its contact defaults to the listener, and what is off is not asked for."""
+    settings = load(write(tmp_path, keylime())).attest.keylime
+    assert settings.verifier_ca == str(tmp_path / "cv.crt")
+    assert keylime_contact(settings) == ("127.0.0.1", 9002)
+    settings = load(write(tmp_path, keylime(listen="0.0.0.0:9002", contact="192.0.2.7:19002"))).attest.keylime
+    assert keylime_contact(settings) == ("192.0.2.7", 19002)
+    off = load(write(tmp_path, changed("attest", keylime={"uuid": "node-1"}))).attest.keylime
+    assert (off.enabled, off.verifier_ca) == (False, None)
 
 
 def test_relative_paths_belong_to_the_file(tmp_path):
@@ -49,6 +66,19 @@ def test_relative_paths_belong_to_the_file(tmp_path):
         (changed("policy", require_signature=True), r"policy\.trusted_keys"),
         (changed("models", trusted_keys=[]), r"models\.trusted_keys"),
         (changed("node", id="with space"), r"node\.id"),
+        (keylime(uuid=None), r"attest\.keylime\.uuid: is needed"),
+        (keylime(registrar=None), r"attest\.keylime\.registrar: is needed"),
+        (keylime(verifier_ca=None), r"attest\.keylime\.verifier_ca: is needed"),
+        (keylime(uuid="a/b"), r"attest\.keylime\.uuid"),
+        (keylime(registrar="https://registrar:8890"), r"attest\.keylime\.registrar"),
+        (keylime(registrar="http://registrar:8890/x"), r"attest\.keylime\.registrar"),
+        (keylime(registrar="http://user@registrar:8890"), r"attest\.keylime\.registrar"),
+        (keylime(registrar="http://registrar"), r"attest\.keylime\.registrar"),
+        (keylime(listen="somewhere"), r"attest\.keylime\.listen"),
+        (keylime(listen="0.0.0.0:9002"), r"attest\.keylime\.contact.*of a machine"),
+        (keylime(listen="127.0.0.1:0"), r"attest\.keylime\.contact.*port 0"),
+        (keylime(contact="[::1]:9002"), r"attest\.keylime\.contact.*IPv4"),
+        (keylime(contact="node.example:9002"), r"attest\.keylime\.contact"),
         ({"node": {"id": "x"}}, "inference"),
         ("node: [", "flow"),
         ("a: &x 1\nb: *x\n", "aliases"),
@@ -82,6 +112,7 @@ def test_only_security_settings_are_measured(tmp_path):
     for section, weaker in (
         ("audit", {"durability": "buffered"}),
         ("sandbox", {"required": False}),
+        ("attest", keylime()["attest"]),
         ("tpm", {"pcr": 15}),
         ("inference", {"max_body_bytes": 2048}),
         ("inference", {"tokens": {"jwks": "j", "audience": "a"}}),

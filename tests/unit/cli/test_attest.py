@@ -110,7 +110,7 @@ def test_the_appraisal_can_be_read_by_programs(files):
     """With --json everything is in one document."""
     document = json.loads(_run("verify", *_options(files), "--json").output)
     assert document["status"] == "affirming"
-    assert document["checks"][0] == {"name": "encoding", "outcome": "ok", "words": ""}
+    assert document["checks"][0] == {"name": "encoding", "outcome": "ok", "words": "", "entries": []}
     assert document["verified"]["state"]["models"] == {"m/1/model.onnx": MODEL.hex()}
 
 

@@ -1,5 +1,6 @@
 """The command line as a whole: verbs, help, exit codes, completion."""
 
+import hashlib
 import importlib
 import json
 import os
@@ -13,7 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from agent import __version__
+from agent.cli import plugins
 from agent.cli import run as run_cli
+from agent.config import load
 from agent.errors import AuditError, ConfigError, HostError, PolicyError, VerificationError
 from tools.demo_node import ROOT, DemoNode
 from tools.pki import write_signing_key
@@ -125,7 +128,7 @@ def test_a_plug_in_joins_by_its_entry_point(monkeypatch):
         assert group == "edgewarden.commands"
         return [point for key, point in points.items() if name in {None, key}]
 
-    monkeypatch.setattr(cli, "entry_points", entry_points)
+    monkeypatch.setattr(plugins, "entry_points", entry_points)
     monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
     run = CliRunner().invoke
     assert "fleet" in cli._edgewarden.list_commands(click.Context(cli._edgewarden))
@@ -248,4 +251,47 @@ def test_reference_values_name_what_was_approved(node):
     foreign = sign_and_place(node, write_tiny(node.root / "packages" / "foreign" / "1", name="foreign"), key="other")
     done = _typed(*command, "--package", str(foreign))
     assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_keylime_policy_names_what_was_approved(node):
+    """The runtime policy lists the path and digest of each entry that the node may measure, and is none that Keylime takes for empty."""
+    from tests.support.models import write_tiny  # noqa: PLC0415 -- imports onnx, which only these tests need
+    from tests.support.node import build_policy, sign_and_place  # noqa: PLC0415 -- as above
+
+    bundle = node.root / "policy.tar.gz"
+    bundle.write_bytes(build_policy(node, "r1"))
+    package = sign_and_place(node, write_tiny(node.root / "packages" / "listed" / "1", name="listed"))
+    command = [
+        "attest",
+        "keylime-policy",
+        "--config",
+        str(node.config),
+        "--policy",
+        str(bundle),
+        "--package",
+        str(package),
+    ]
+    policy = json.loads(CliRunner().invoke(cli._edgewarden, command).output)
+    model = hashlib.sha256((package / "model.onnx").read_bytes()).hexdigest()
+    settings = hashlib.sha256(load(node.config).measured()).hexdigest()
+    assert policy["meta"]["generator"] >= 2
+    assert policy["digests"] == {
+        "edgewarden/config": [settings],
+        "edgewarden/models/listed/1/model.onnx": [model],
+        "edgewarden/models/listed/1/model.yaml": [hashlib.sha256((package / "model.yaml").read_bytes()).hexdigest()],
+        "edgewarden/policy/r1": [hashlib.sha256(bundle.read_bytes()).hexdigest()],
+        "edgewarden/unload/listed/1": [hashlib.sha256(b"").hexdigest()],
+    }
+    assert policy["excludes"] == ["^edgewarden/refused/", "^boot_aggregate$"]
+    out = node.root / "runtime.json"
+    aggregate = "ab" * 32
+    here = CliRunner().invoke(cli._edgewarden, [*command, "--boot-aggregate", aggregate, "--out", str(out)])
+    assert here.output == f"{out}: 2 files of 1 packages\n"
+    checked = json.loads(out.read_bytes())
+    assert checked["digests"]["boot_aggregate"] == [aggregate]
+    assert checked["excludes"] == ["^edgewarden/refused/"]
+    assert CliRunner().invoke(cli._edgewarden, [*command, "--boot-aggregate", "AB" * 32]).exit_code == 2
+    done = _typed(*command, "--out", str(node.root / "missing" / "x"))
+    assert done.returncode != 0
     assert "Traceback" not in done.stderr

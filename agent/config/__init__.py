@@ -19,16 +19,20 @@ import msgspec
 from msgspec import Meta
 
 from agent import strict_yaml
+from agent.config.keylime import KeylimeSettings, check_keylime, keylime_contact
+from agent.config.marks import SECURITY, security, split_listen
 from agent.errors import ConfigError
 from agent.records import canonical
 
 __all__ = [
     "DEFAULT_CONFIG",
     "MAX_CONFIG_BYTES",
+    "AttestSettings",
     "AuditSettings",
     "ControlSettings",
     "Environment",
     "InferenceSettings",
+    "KeylimeSettings",
     "MetricsSettings",
     "ModelSettings",
     "NodeSettings",
@@ -38,6 +42,7 @@ __all__ = [
     "TokenSettings",
     "TpmSettings",
     "json_schema",
+    "keylime_contact",
     "load",
     "quiet_libraries",
     "read_environment",
@@ -46,11 +51,6 @@ __all__ = [
 
 DEFAULT_CONFIG = Path("/etc/edgewarden/edgewarden.yaml")
 MAX_CONFIG_BYTES = 256 * 1024
-_SECURITY = {"security": True}
-
-
-def _security(description: str, **limits: Any) -> Meta:  # noqa: ANN401 -- passes msgspec's own constraints through
-    return Meta(description=description, extra_json_schema=_SECURITY, **limits)
 
 
 class NodeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -73,10 +73,10 @@ class TpmSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """The TPM that measures and quotes."""
 
     tcti: Annotated[str, Meta(description="TCTI string of the TPM2 software stack.")] = "device:/dev/tpmrm0"
-    pcr: Annotated[int, _security("PCR that model measurements extend: 8, 9 or 11 to 15.", ge=8, le=15)] = 14
+    pcr: Annotated[int, security("PCR that model measurements extend: 8, 9 or 11 to 15.", ge=8, le=15)] = 14
     start_value: Annotated[
         Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")] | None,
-        _security("Value of the PCR before the first entry, where an operator approved one that is not zero."),
+        security("Value of the PCR before the first entry, where an operator approved one that is not zero."),
     ] = None
     timeout_ms: Annotated[int, Meta(ge=100, le=120_000, description="Time for one TPM command.")] = 5_000
 
@@ -89,8 +89,8 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     )
     trusted_keys: Annotated[list[str], Meta(description="PEM files of EC P-256 keys whose packages are trusted.")] = []
     trusted_roots: Annotated[list[str], Meta(description="PEM files of CA certificates for signing certificates.")] = []
-    max_package_bytes: Annotated[int, _security("Largest package in bytes.", ge=1, le=1 << 40)] = 8 << 30
-    inspect_timeout_ms: Annotated[int, _security("Time for the inspection of one package.", ge=1_000, le=600_000)] = (
+    max_package_bytes: Annotated[int, security("Largest package in bytes.", ge=1, le=1 << 40)] = 8 << 30
+    inspect_timeout_ms: Annotated[int, security("Time for the inspection of one package.", ge=1_000, le=600_000)] = (
         60_000
     )
 
@@ -104,26 +104,24 @@ class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     trusted_keys: Annotated[
         list[str], Meta(description="PEM files of EC P-256 keys that sign bundles; a bundle must then be signed.")
     ] = []
-    require_signature: Annotated[bool, _security("Refuse bundles without a valid signature.")] = True
-    engine: Annotated[Literal["embedded", "opa"], _security("Engine that evaluates the policy.")] = "embedded"
+    require_signature: Annotated[bool, security("Refuse bundles without a valid signature.")] = True
+    engine: Annotated[Literal["embedded", "opa"], security("Engine that evaluates the policy.")] = "embedded"
     opa_binary: Annotated[str, Meta(description="OPA executable, for the engine `opa`.")] = "/usr/bin/opa"
-    evaluation_deadline_ms: Annotated[int, _security("Time for one evaluation.", ge=1, le=10_000)] = 50
-    total_deadline_ms: Annotated[int, _security("Time for a decision, waiting included.", ge=10, le=60_000)] = 1_000
+    evaluation_deadline_ms: Annotated[int, security("Time for one evaluation.", ge=1, le=10_000)] = 50
+    total_deadline_ms: Annotated[int, security("Time for a decision, waiting included.", ge=10, le=60_000)] = 1_000
     remember_decisions: Annotated[
         bool, Meta(description="Answer a question that is like an earlier one from memory, where the policy allows it.")
     ] = True
-    worker_memory_bytes: Annotated[int, _security("Memory a policy worker may add.", ge=8 << 20, le=8 << 30)] = (
-        256 << 20
-    )
+    worker_memory_bytes: Annotated[int, security("Memory a policy worker may add.", ge=8 << 20, le=8 << 30)] = 256 << 20
 
 
 class TokenSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Bearer tokens (ES256 JWT) as a second way to identify a client."""
 
     jwks: Annotated[str, Meta(description="JWKS file with the issuer's EC P-256 keys.")]
-    audience: Annotated[str, _security("Value that a token's `aud` must hold.", min_length=1, max_length=256)]
-    issuer: Annotated[str | None, _security("Value that a token's `iss` must have.")] = None
-    roles_claim: Annotated[str, _security("Claim that lists roles.", min_length=1, max_length=64)] = "roles"
+    audience: Annotated[str, security("Value that a token's `aud` must hold.", min_length=1, max_length=256)]
+    issuer: Annotated[str | None, security("Value that a token's `iss` must have.")] = None
+    roles_claim: Annotated[str, security("Claim that lists roles.", min_length=1, max_length=64)] = "roles"
 
 
 class InferenceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -139,21 +137,21 @@ class InferenceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
         None
     )
     threads: Annotated[int, Meta(ge=1, le=64, description="Threads of one onnxruntime session.")] = 1
-    max_body_bytes: Annotated[int, _security("Largest request body.", ge=1024, le=1 << 30)] = 32 << 20
-    max_inflight_bytes: Annotated[int, _security("Memory for bodies on their way, of all clients.", ge=1 << 20)] = (
+    max_body_bytes: Annotated[int, security("Largest request body.", ge=1024, le=1 << 30)] = 32 << 20
+    max_inflight_bytes: Annotated[int, security("Memory for bodies on their way, of all clients.", ge=1 << 20)] = (
         512 << 20
     )
-    header_timeout_ms: Annotated[int, _security("Time until a request's headers are complete.", ge=100, le=120_000)] = (
+    header_timeout_ms: Annotated[int, security("Time until a request's headers are complete.", ge=100, le=120_000)] = (
         10_000
     )
-    body_timeout_ms: Annotated[int, _security("Time until a request's body is complete.", ge=100, le=600_000)] = 30_000
+    body_timeout_ms: Annotated[int, security("Time until a request's body is complete.", ge=100, le=600_000)] = 30_000
     idle_timeout_ms: Annotated[int, Meta(ge=1_000, le=3_600_000, description="Time an idle connection is kept.")] = (
         75_000
     )
-    max_connections: Annotated[int, _security("Open connections at a time.", ge=1, le=65_536)] = 1_024
-    max_connections_per_source: Annotated[int, _security("Open connections of one address.", ge=1, le=65_536)] = 256
-    max_concurrent: Annotated[int, _security("Requests in work at a time.", ge=1, le=65_536)] = 256
-    memory_bytes: Annotated[int, _security("Memory the gateway may add for models and requests.", ge=64 << 20)] = (
+    max_connections: Annotated[int, security("Open connections at a time.", ge=1, le=65_536)] = 1_024
+    max_connections_per_source: Annotated[int, security("Open connections of one address.", ge=1, le=65_536)] = 256
+    max_concurrent: Annotated[int, security("Requests in work at a time.", ge=1, le=65_536)] = 256
+    memory_bytes: Annotated[int, security("Memory the gateway may add for models and requests.", ge=64 << 20)] = (
         16 << 30
     )
     drain_timeout_ms: Annotated[int, Meta(ge=0, le=600_000, description="Time for requests in work at a stop.")] = (
@@ -174,11 +172,17 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     )
 
 
+class AttestSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Other Verifiers than EdgeWarden's own."""
+
+    keylime: KeylimeSettings = KeylimeSettings()
+
+
 class AuditSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The audit log."""
 
     durability: Annotated[
-        Literal["strict", "buffered"], _security("`strict`: an answer waits until its record is on the disk.")
+        Literal["strict", "buffered"], security("`strict`: an answer waits until its record is on the disk.")
     ] = "strict"
     max_bytes: Annotated[int, Meta(ge=16 << 20, description="Disk space of the log; then whole old segments go.")] = (
         1 << 30
@@ -188,7 +192,7 @@ class AuditSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 class SandboxSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Confinement of the child processes."""
 
-    required: Annotated[bool, _security("Refuse to start where Landlock or seccomp is missing.")] = True
+    required: Annotated[bool, security("Refuse to start where Landlock or seccomp is missing.")] = True
 
 
 class MetricsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -206,13 +210,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     models: ModelSettings = ModelSettings()
     policy: PolicySettings = PolicySettings()
     control: ControlSettings | None = None
+    attest: AttestSettings = AttestSettings()
     audit: AuditSettings = AuditSettings()
     sandbox: SandboxSettings = SandboxSettings()
     metrics: MetricsSettings = MetricsSettings()
 
     def measured(self) -> bytes:
         """Return the canonical JSON of the settings that are marked ``security``."""
-        return canonical(_select_security(type(self), self))
+        return canonical(_selectsecurity(type(self), self))
 
 
 class Environment(msgspec.Struct, frozen=True):
@@ -267,25 +272,12 @@ def load(path: Path) -> Settings:
     return _absolute(settings, path.resolve().parent)
 
 
-def split_listen(listen: str) -> tuple[str, int]:
-    """Split ``ADDRESS:PORT`` (an IPv6 address in brackets).
-
-    Raises:
-        ValueError: it is not of that form.
-    """
-    host, _, port = listen.rpartition(":")
-    address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
-    number = int(port)
-    if not 0 <= number <= 65_535:  # noqa: PLR2004 -- the range of a TCP port
-        raise ValueError(f"port {number} is out of range")
-    return str(address), number
-
-
 def _check_listeners(path: Path, settings: Settings) -> None:
     listeners = {
         "inference.listen": settings.inference.listen,
         "control.listen": settings.control.listen if settings.control else None,
         "metrics.listen": settings.metrics.listen,
+        "attest.keylime.listen": settings.attest.keylime.listen,
     }
     for name, listen in listeners.items():
         if listen is None:
@@ -309,6 +301,8 @@ def _check_listeners(path: Path, settings: Settings) -> None:
         raise ConfigError(f"{path}: models.trusted_keys: name a key or a root, else no package can be verified")
     if settings.tpm.pcr == 10:  # noqa: PLR2004 -- the kernel's own measurement PCR
         raise ConfigError(f"{path}: tpm.pcr: 10 belongs to the kernel's IMA; take 8, 9 or 11 to 15")
+    if settings.attest.keylime.enabled:
+        check_keylime(path, settings.attest.keylime)
 
 
 _PATHS: dict[str, tuple[str, ...]] = {
@@ -328,6 +322,14 @@ def _absolute(settings: Settings, base: Path) -> Settings:
             continue
         changed = {name: _against(base, getattr(value, name)) for name in names}
         changes[section] = msgspec.structs.replace(value, **changed)
+    keylime = settings.attest.keylime
+    changes["attest"] = AttestSettings(
+        keylime=msgspec.structs.replace(
+            keylime,
+            verifier_ca=keylime.verifier_ca and str(base / keylime.verifier_ca),
+            kernel_list=str(base / keylime.kernel_list),
+        )
+    )
     inference: InferenceSettings = changes["inference"]
     if inference.tokens:
         tokens = msgspec.structs.replace(inference.tokens, jwks=str(base / inference.tokens.jwks))
@@ -341,15 +343,15 @@ def _against(base: Path, value: str | list[str] | None) -> str | list[str] | Non
     return [str(base / item) for item in value] if isinstance(value, list) else str(base / value)
 
 
-def _select_security(struct: type[msgspec.Struct], value: msgspec.Struct) -> dict[str, Any]:
+def _selectsecurity(struct: type[msgspec.Struct], value: msgspec.Struct) -> dict[str, Any]:
     """Walk the types: nested sections are entered, fields marked ``security`` are taken."""
     selected: dict[str, Any] = {}
     for name, hint in get_type_hints(struct, include_extras=True).items():
         member = getattr(value, name)
         if isinstance(member, msgspec.Struct):
-            selected[name] = _select_security(type(member), member)
+            selected[name] = _selectsecurity(type(member), member)
         elif any(
-            isinstance(meta, Meta) and meta.extra_json_schema == _SECURITY for meta in getattr(hint, "__metadata__", ())
+            isinstance(meta, Meta) and meta.extra_json_schema == SECURITY for meta in getattr(hint, "__metadata__", ())
         ):
             selected[name] = member
     return selected

@@ -1,0 +1,162 @@
+"""What a replayed log says, held against the Reference Values: the checks 13-18 of an appraisal, pure.
+
+Rules:
+
+1. What is in force must be approved now: ``models``, ``configs``, ``policy.assigned`` or ``policy.previous``.
+2. What was in force earlier in this boot must have been approved once: one of those, or ``withdrawn``, ``retired_configs``,
+   ``policy.retired``. So a new version never raises a false alarm, and a withdrawn one is no alarm once it is out of force.
+3. What was never approved stays a finding until the next reset: no later entry takes it back.
+4. A refused file is a warning until its path is handed over again.
+5. All findings are given, not only the first: an operator wants to see every reason at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from agent.attest.evidence import Claims
+from agent.attest.measurement import (
+    BOOT_AGGREGATE,
+    CONFIG_PATH,
+    LogState,
+    boot_aggregate,
+    model_path,
+    policy_path,
+    refused_path,
+)
+from agent.attest.reference import ReferenceValues
+
+__all__ = ["MAX_CHECK_ENTRIES", "Check", "Outcome", "compare"]
+
+MAX_CHECK_ENTRIES = 16
+_MAX_WORDS = 5
+
+Outcome: TypeAlias = Literal["ok", "failed", "warning", "retry", "skipped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check's outcome, with words for a reader.
+
+    Attributes:
+        entries: paths of the log that a failed check or a warning is about, sorted, at most :data:`MAX_CHECK_ENTRIES`.
+            Of a policy that was in force earlier the log's state keeps the digest alone, which stands in the words.
+    """
+
+    name: str
+    outcome: Outcome
+    words: str = ""
+    entries: tuple[str, ...] = ()
+
+
+def compare(state: LogState, claims: Claims, values: dict[int, bytes], reference: ReferenceValues) -> tuple[Check, ...]:
+    """Return the checks 13-18.
+
+    Args:
+        state: of the whole log, verified.
+        claims: authentic.
+        values: quoted PCRs by index.
+        reference: what the operator approved.
+    """
+    return (
+        # 13. Every model file that was ever handed over since the reset was approved; those in force still are.
+        _models(state, reference),
+        # 14. Nothing that was refused waits for its repair.
+        _refused(state),
+        # 15. Settings, now and earlier.
+        _config(state, reference),
+        # 16. The policy in force is assigned, or was until this rollout; earlier ones were approved once.
+        _policy(state, claims, reference),
+        # 17. The log began on the boot that the TPM shows.
+        _boot_aggregate(state, values, reference),
+        # 18. Boot PCRs by their rules.
+        _boot_pcrs(values, reference),
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    found = sorted(names)
+    return ", ".join(found[:_MAX_WORDS]) + (f" and {len(found) - _MAX_WORDS} more" if len(found) > _MAX_WORDS else "")
+
+
+def _bounded(paths: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(paths)[:MAX_CHECK_ENTRIES])
+
+
+def _models(state: LogState, reference: ReferenceValues) -> Check:
+    def approved(path: str, digest: str) -> bool:
+        return digest in reference.models.get(path, ())
+
+    in_force = {path for path, digest in state.models.items() if not approved(path, digest)}
+    if in_force:
+        words = f"in force and not approved: {_some(in_force)}"
+        return Check("models", "failed", words, _bounded(map(model_path, in_force)))
+    ever = {
+        path
+        for path, digest in state.seen
+        if "/" in path and not approved(path, digest) and digest not in reference.withdrawn.get(path, ())
+    }
+    if ever:
+        words = f"handed over since the last reset and never approved: {_some(ever)}"
+        return Check("models", "failed", words, _bounded(map(model_path, ever)))
+    return Check("models", "ok")
+
+
+def _refused(state: LogState) -> Check:
+    if not state.refused:
+        return Check("refused", "ok")
+    return Check("refused", "warning", f"refused: {_some(state.refused)}", _bounded(map(refused_path, state.refused)))
+
+
+def _config(state: LogState, reference: ReferenceValues) -> Check:
+    once = reference.configs | reference.retired_configs
+    words = _setting("config", state, state.config, reference.configs, once)
+    return Check("config", "failed", words, (CONFIG_PATH,)) if words else Check("config", "ok")
+
+
+def _policy(state: LogState, claims: Claims, reference: ReferenceValues) -> Check:
+    policy = reference.policy
+    in_force = () if state.policy_revision is None else (policy_path(state.policy_revision),)
+    if state.policy is not None and claims.policy_sha256 != state.policy:
+        return Check("policy", "failed", "the claims name another policy than the log", in_force)
+    words = _setting("policy", state, state.policy, policy.in_force, policy.in_force | policy.retired)
+    if words:
+        return Check("policy", "failed", words, in_force if state.policy not in policy.in_force else ())
+    if state.policy != policy.assigned:
+        return Check("policy", "ok", "the previous policy: the assigned one has not arrived yet")
+    return Check("policy", "ok")
+
+
+def _setting(kind: str, state: LogState, in_force: str | None, approved: frozenset[str], once: frozenset[str]) -> str:
+    """Return what is wrong with settings or policy; empty when nothing is."""
+    if in_force is None:
+        return f"no {kind} was measured"
+    if in_force not in approved:
+        return f"the {kind} in force ({in_force[:16]}…) is not approved"
+    unknown = {digest for what, digest in state.seen if what == kind} - once
+    if unknown:
+        return f"a {kind} was in force since the last reset that was never approved: {_some(unknown)}"
+    return ""
+
+
+def _boot_aggregate(state: LogState, values: dict[int, bytes], reference: ReferenceValues) -> Check:
+    at_start = values | {reference.measurement.pcr: bytes.fromhex(reference.measurement.start)}
+    expected = boot_aggregate(at_start[index] for index in range(10)).digest.hex()
+    if state.boot_aggregate == expected:
+        return Check("boot-aggregate", "ok")
+    return Check("boot-aggregate", "warning", "PCRs 0-9 are not what they were when the log began", (BOOT_AGGREGATE,))
+
+
+def _boot_pcrs(values: dict[int, bytes], reference: ReferenceValues) -> Check:
+    changed: dict[str, list[str]] = {"ignored": [], "pinned": [], "exact": []}
+    for index, rule in sorted(reference.boot.items()):
+        if values[index].hex() not in rule.values:
+            changed[rule.mode].append(str(index))
+    if changed["exact"]:
+        return Check("boot-pcrs", "failed", f"PCRs {', '.join(changed['exact'])} are not what was approved")
+    if changed["pinned"]:
+        words = f"PCRs {', '.join(changed['pinned'])} changed since enrolment; approve the change or look into it"
+        return Check("boot-pcrs", "warning", words)
+    return Check("boot-pcrs", "ok")

@@ -1,0 +1,71 @@
+"""What nodes call, and what is for everybody: health, keys, the API's description."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from agent.attest.enrolment import (
+    CHALLENGE_PATH,
+    ENROL_PATH,
+    EVIDENCE_PATH,
+    Challenge,
+    ChallengeRequest,
+    EnrolChallenge,
+    EnrolGrant,
+    EnrolProof,
+    EnrolRequest,
+    PushAnswer,
+    PushedEvidence,
+)
+from agent.attest.evidence import MAX_EVIDENCE_BYTES
+from controller.api.limiter import Limiter
+from controller.api.routing import Call, Route
+from controller.flows.joining import Joining
+from controller.trust.authority import Authority
+
+__all__ = ["node_routes"]
+
+MAX_ENROL_BYTES = 64 * 1024
+_OVERHEAD_BYTES = 64 * 1024  # around the Evidence
+
+
+def node_routes(joining: Joining, authority: Authority, limiter: Limiter, evidence_bytes: int) -> list[Route]:
+    """Return the table's rows for nodes."""
+    limit = min(MAX_EVIDENCE_BYTES, evidence_bytes) + _OVERHEAD_BYTES
+
+    async def begin(call: Call) -> EnrolChallenge:
+        limiter.admit(call.source)
+        return await joining.begin(call.body)
+
+    async def complete(call: Call) -> EnrolGrant:
+        limiter.admit(call.source)
+        return await joining.complete(call.request.match_info["enrolment"], call.body)
+
+    async def challenge(call: Call) -> Challenge:
+        return await joining.challenge(call.body.node)
+
+    async def evidence(call: Call) -> PushAnswer:
+        return await joining.pushed(call.body, call.peer_spki_sha256)
+
+    async def jwks(_call: Call) -> web.Response:
+        return web.Response(text=authority.jwks(), content_type="application/json")
+
+    return [
+        Route(
+            "POST", ENROL_PATH, "Show a TPM's keys; get a credential for it", begin,
+            body=EnrolRequest, answer=EnrolChallenge, limit_bytes=MAX_ENROL_BYTES, kind="node.enrol",
+        ),
+        Route(
+            "POST", ENROL_PATH + "/{enrolment}", "Show the opened credential and the first Evidence", complete,
+            body=EnrolProof, answer=EnrolGrant, limit_bytes=limit, kind="node.enrol",
+        ),
+        Route(
+            "POST", CHALLENGE_PATH, "Get a nonce for pushed Evidence", challenge,
+            body=ChallengeRequest, answer=Challenge, limit_bytes=1024, kind="node.push",
+        ),
+        Route(
+            "POST", EVIDENCE_PATH, "Push Evidence; renew a certificate", evidence,
+            body=PushedEvidence, answer=PushAnswer, limit_bytes=limit, kind="node.push",
+        ),
+        Route("GET", "/.well-known/jwks.json", "Keys that verify Attestation Results", jwks, answer=dict[str, list[dict[str, str]]]),
+    ]  # fmt: skip

@@ -1,0 +1,232 @@
+"""From a table of routes to a server: who asks, whether it may, how large a body may be, how an error is answered.
+
+Rules:
+
+1. An operator's route names its action, and is authorized before its body is read.
+2. A refusal is ``{"error", "check"}`` with the status that fits its blame, never a traceback; one that speaks of a node or of a right is in the
+   audit log.
+3. A body is read up to the route's limit and within :data:`BODY_TIMEOUT_S`; compressed bodies are not taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from agent import clock
+from agent.errors import ConfigError, EdgeWardenError, HostError, PeerError, PolicyError, VerificationError
+from agent.records import Principal
+from controller.store import admins, audit
+from controller.store.database import Database, StoreError
+from controller.trust.authorize import Authorizer
+from controller.trust.node_tls import certificate_spki
+
+__all__ = ["BODY_TIMEOUT_S", "Call", "Route", "Surface"]
+
+BODY_TIMEOUT_S = 30.0
+MAX_BODY_BYTES = 1 << 20  # where a route says nothing
+_READ_BYTES = 256 * 1024
+_NODE = web.RequestKey("node", str)
+_log = structlog.get_logger(__name__)
+
+TokenReader: TypeAlias = Callable[[str], Awaitable[Principal]]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request that may go on.
+
+    Attributes:
+        principal: who asks; None on routes for nodes.
+        body: decoded, of the route's type.
+        peer_spki_sha256: key of the client certificate, where there is one.
+        source: address of the peer.
+    """
+
+    request: web.Request
+    principal: Principal | None
+    body: Any
+    peer_spki_sha256: str | None
+    source: str
+
+    @property
+    def by(self) -> str:
+        """Who asks, for the audit log."""
+        return self.principal.id if self.principal else f"peer/{self.source}"
+
+    def text(self, name: str, default: str = "") -> str:
+        """Return a query parameter."""
+        return self.request.query.get(name, default)
+
+    def number(self, name: str, default: int, most: int) -> int:
+        """Return a query parameter as a number.
+
+        Raises:
+            PeerError: 400.
+        """
+        value = self.request.query.get(name)
+        if value is None:
+            return default
+        if not (value.isascii() and value.isdigit() and len(value) < 16 and int(value) <= most):  # noqa: PLR2004 -- digits
+            raise PeerError(400, "query", f"{name}: a number from 0 to {most}")
+        return int(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One row of the table.
+
+    Attributes:
+        action: what an operator must be allowed; None: for nodes or for everybody.
+        body, answer: types of the documents, None for none.
+        kind: of the audit record when it is refused; empty: refusals are not recorded.
+    """
+
+    method: str
+    path: str
+    summary: str
+    handler: Callable[[Call], Awaitable[Any]]
+    action: str | None = None
+    body: type[Any] | None = None
+    answer: Any = None
+    limit_bytes: int = MAX_BODY_BYTES
+    status: int = 200
+    kind: str = ""
+
+
+class Surface:
+    """Makes handlers of routes."""
+
+    def __init__(self, database: Database, authorizer: Authorizer, tokens: TokenReader | None) -> None:
+        self._database = database
+        self._authorizer = authorizer
+        self._tokens = tokens
+
+    def application(self, routes: list[Route]) -> web.Application:
+        """Return the server of a table."""
+        application = web.Application(client_max_size=MAX_BODY_BYTES)
+        for route in routes:
+            application.router.add_route(route.method, route.path, self._handler(route))
+        application.middlewares.append(_http_errors)
+        return application
+
+    def _handler(self, route: Route) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            principal: Principal | None = None
+            spki = _peer_spki(request)
+            source = request.remote or ""
+            try:
+                if route.action is not None:
+                    principal = await self._identify(request, spki)
+                    self._authorizer.require(principal, route.action)
+                body = await _body(request, route)
+                answer = await route.handler(Call(request, principal, body, spki, source))
+            except EdgeWardenError as error:
+                who = principal.id if principal else f"peer/{source}"
+                await self._record(route, request, who, error)
+                return _refusal(error)
+            if isinstance(answer, web.StreamResponse):
+                return answer
+            return web.Response(body=msgspec.json.encode(answer), content_type="application/json", status=route.status)
+
+        return handle
+
+    async def _identify(self, request: web.Request, spki: str | None) -> Principal:
+        """A client certificate of the controller's CA, or a token where that is configured."""
+        authorization = request.headers.get("Authorization")
+        if authorization is not None and self._tokens is not None:
+            return await self._tokens(authorization)
+        if spki is None:
+            raise PeerError(401, "no_certificate", "a client certificate of this controller's CA is needed")
+        async with self._database.begin() as connection:
+            found = await admins.role_of(connection, spki, clock.now_us())
+        if found is None:
+            raise PeerError(403, "no_admin", "the certificate is no admin's, or it was revoked")
+        name, role = found
+        return Principal(id=f"admin/{name}", kind="mtls", roles=(role,))
+
+    async def _record(self, route: Route, request: web.Request, who: str, error: EdgeWardenError) -> None:
+        check = error.check if isinstance(error, VerificationError) else getattr(error, "reason", "")
+        _log.warning("call_refused", path=request.path, principal=who, check=check, error=str(error))
+        if isinstance(error, StoreError) or not (route.action or route.kind):
+            return
+        entry = audit.AuditEntry(
+            kind=route.kind or route.action or "",
+            principal=who,
+            outcome="denied" if isinstance(error, PeerError) and error.status in {401, 403} else "refused",
+            node=str(request.match_info.get("node") or request.get(_NODE, "")),
+            check=check,
+            words=str(error),
+        )
+        try:
+            async with self._database.begin() as connection:
+                await audit.append(connection, entry)
+        except StoreError as failure:
+            _log.error("refusal_not_recorded", error=str(failure))
+
+
+async def _body(request: web.Request, route: Route) -> Any:  # noqa: ANN401 -- of the route's type
+    if route.body is None:
+        return None
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        raise PeerError(415, "encoding", "send the body without compression")
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for part in request.content.iter_chunked(_READ_BYTES):
+                size += len(part)
+                if size > route.limit_bytes:
+                    raise PeerError(413, "too_large", f"the body is over {route.limit_bytes} bytes")
+                parts.append(part)
+    except TimeoutError:
+        raise PeerError(408, "slow_body", f"the body did not come within {BODY_TIMEOUT_S} s") from None
+    try:
+        body = msgspec.json.decode(b"".join(parts), type=route.body)
+    except ValueError as error:
+        raise PeerError(400, "encoding", f"the body is not what this call takes: {error}") from error
+    request[_NODE] = str(getattr(body, "node", None) or "")
+    return body
+
+
+def _peer_spki(request: web.Request) -> str | None:
+    tls = request.transport.get_extra_info("ssl_object") if request.transport else None
+    der = tls.getpeercert(binary_form=True) if tls is not None else None
+    return certificate_spki(der) or None if der is not None else None
+
+
+def _status_of(error: EdgeWardenError) -> int:
+    match error:
+        case PeerError():
+            return error.status
+        case VerificationError() | PolicyError() | ConfigError():
+            return 422
+        case HostError():
+            return 503
+        case _:
+            return 502
+
+
+def _refusal(error: EdgeWardenError) -> web.Response:
+    check = error.check if isinstance(error, VerificationError) else getattr(error, "reason", "")
+    headers = {}
+    if isinstance(error, PeerError) and error.retry_after_s is not None:
+        headers["Retry-After"] = str(int(error.retry_after_s) + 1)
+    words = str(error) if not isinstance(error, StoreError) else "the controller's database does not answer: come again"
+    return web.json_response({"error": words, "check": check}, status=_status_of(error), headers=headers)
+
+
+@web.middleware
+async def _http_errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        return web.json_response({"error": error.reason or "refused", "check": ""}, status=error.status)

@@ -1,0 +1,1 @@
+"""One file per flow: enrol, appraise, poll, approve, deliver."""

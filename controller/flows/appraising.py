@@ -1,0 +1,199 @@
+"""Evidence in, Attestation Result out: the one place where a node's trust is decided, for polls, pushes and enrolments alike.
+
+1. The Reference Values are the group's, with the node's own boot PCRs where the rule is ``pinned``.
+2. The appraiser is the node's own (:mod:`agent.attest.appraisal`).
+3. What was found is kept, with history, audit record and events, in one transaction; only then is the result signed and told.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from agent import clock
+from agent.attest.appraisal import Appraisal, Expectation, appraise
+from agent.attest.reference import Measurement, PolicyReference, ReferenceValues, pinned
+from agent.attest.result import AttestationResult, CheckResult
+from controller import __version__
+from controller.store import audit, fleet, outbox, references
+from controller.store.fleet import Appraised, NodeRecord
+from controller.trust.authority import Authority
+
+__all__ = ["Appraiser", "Finding"]
+
+MAX_CACHED_VERSIONS = 1024
+_BUILD = f"edgewarden-controller {__version__}"
+_UNKNOWN_PCR = 14
+# AR4SI, section 2.3: what each tier is said by. 2: recognised, approved; 32: look into it; 96: not what was approved; 0: no claim.
+_AFFIRMING, _WARNING, _CONTRAINDICATED, _NOTHING = 2, 32, 96, 0
+_VECTOR = {
+    "executables": ("models", "refused"),
+    "configuration": ("config", "policy"),
+    "hardware": ("boot-aggregate", "boot-pcrs"),
+}
+_VALUES = {"ok": _AFFIRMING, "warning": _WARNING, "failed": _CONTRAINDICATED, "skipped": _NOTHING, "retry": _NOTHING}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """An appraisal of one node, ready to be kept."""
+
+    appraised: Appraised
+    appraisal: Appraisal
+    result: AttestationResult
+
+
+class Appraiser:
+    """Holds Reference Values, which never change once they have a version, and the key that signs.
+
+    Args:
+        authority: the controller's keys.
+        nats: whether events go to NATS.
+    """
+
+    def __init__(self, authority: Authority, *, nats: bool = False) -> None:
+        self._authority = authority
+        self._nats = nats
+        self._versions: dict[tuple[str, int], ReferenceValues] = {}
+
+    async def reference(self, connection: AsyncConnection, node: NodeRecord) -> ReferenceValues:
+        """Return what a node is held against; where nothing was approved yet, nothing is."""
+        if node.version == 0:
+            return ReferenceValues(
+                measurement=Measurement(_UNKNOWN_PCR), policy=PolicyReference(assigned="0" * 64), configs=frozenset()
+            )
+        key = (node.group, node.version)
+        if key not in self._versions:
+            if len(self._versions) >= MAX_CACHED_VERSIONS:
+                self._versions.clear()
+            self._versions[key] = await references.get(connection, *key)
+        return pinned(self._versions[key], node.boot_pcrs)
+
+    def appraise(
+        self,
+        node: NodeRecord,
+        reference: ReferenceValues,
+        evidence: bytes,
+        nonce: bytes,
+        spki_sha256: str,
+    ) -> Finding:
+        """Appraise Evidence that a peer with this key has sent for this nonce; raises nothing."""
+        expect = Expectation(
+            nonce=nonce,
+            ak_public=node.ak_public,
+            reference=reference,
+            control_spki_sha256=spki_sha256,
+            verified=node.verified,
+        )
+        appraisal = appraise(evidence, expect)
+        now_us = clock.now_us()
+        checks = tuple(
+            CheckResult(check.name, check.outcome, check.words, check.entries)
+            for check in appraisal.checks
+            if check.outcome in {"failed", "warning", "retry"}
+        )
+        status = appraisal.status
+        if status != "none" and appraisal.claims is not None and appraisal.claims.node != node.id:
+            status = "contraindicated"
+            checks = (CheckResult("node", "failed", f"the node calls itself {appraisal.claims.node}"), *checks)
+        appraised = Appraised(
+            before=node,
+            status=status,
+            checks=msgspec.json.encode(checks).decode(),
+            claims=msgspec.json.encode(appraisal.claims).decode(),
+            nonce=nonce.hex(),
+            version=node.version,
+            at_us=now_us,
+            verified=appraisal.verified,
+        )
+        result = AttestationResult(
+            node=node.id,
+            status=status,
+            issued_at=now_us // 1_000_000,
+            nonce=nonce.hex(),
+            vector=_vector(appraisal),
+            policy_id=f"urn:edgewarden:reference:{node.group}:{node.version}",
+            build=_BUILD,
+            checks=checks,
+            interval_s=node.interval_s,
+            withdrawn=_withdrawn(reference),
+        )
+        return Finding(appraised, appraisal, result)
+
+    async def keep(self, connection: AsyncConnection, finding: Finding) -> None:
+        """Write an appraisal in the caller's transaction."""
+        found = finding.appraised
+        await fleet.save(connection, found)
+        if found.changed:
+            failed = finding.result.checks[0] if finding.result.checks else None
+            await audit.append(
+                connection,
+                audit.AuditEntry(
+                    kind="node.result",
+                    principal="controller",
+                    outcome="ok" if found.status in {"affirming", "warning"} else "refused",
+                    node=found.before.id,
+                    check=failed.name if failed else "",
+                    words=failed.words if failed else "",
+                    detail={"status": found.status, "before": found.before.status or "none", "version": found.version},
+                ),
+            )
+            news = {
+                "status": found.status,
+                "before": found.before.status or "none",
+                "checks": msgspec.json.decode(found.checks),
+            }
+            await outbox.emit(connection, "node.result", found.before.id, news, found.at_us, nats=self._nats)
+
+    async def keep_silence(self, connection: AsyncConnection, node: NodeRecord, words: str) -> None:
+        """Write that a node did not answer; the first time it is news."""
+        if not await fleet.silent(connection, node.id, words):
+            return
+        entry = audit.AuditEntry(
+            kind="node.unreachable", principal="controller", outcome="failed", node=node.id, words=words
+        )
+        await audit.append(connection, entry)
+        news = {"error": words}
+        await outbox.emit(connection, "node.unreachable", node.id, news, clock.now_us(), nats=self._nats)
+
+    def sign(self, finding: Finding) -> str:
+        """Return the result as a JWT; only for what was kept."""
+        return finding.result.sign(self._authority.result_key, self._authority.result_kid)
+
+    def sign_kept(self, row: dict[str, Any], reference: ReferenceValues) -> str:
+        """Return the last result of a node's row, as of when it was appraised."""
+        result = AttestationResult(
+            node=row["id"],
+            status=row["status"],
+            issued_at=row["appraised_us"] // 1_000_000,
+            nonce=row["nonce"],
+            vector=_tier_vector(row["status"]),
+            policy_id=f"urn:edgewarden:reference:{row['group_name']}:{row['version']}",
+            build=_BUILD,
+            checks=msgspec.json.decode(row["checks"], type=tuple[CheckResult, ...]),
+            interval_s=row["interval_s"],
+            withdrawn=_withdrawn(reference),
+        )
+        return result.sign(self._authority.result_key, self._authority.result_kid)
+
+
+def _withdrawn(reference: ReferenceValues) -> frozenset[str]:
+    return frozenset(digest for digests in reference.withdrawn.values() for digest in digests)
+
+
+def _tier_vector(status: str) -> dict[str, int]:
+    """The same for a result of which only the tier was kept."""
+    values = {"affirming": _AFFIRMING, "warning": _WARNING, "contraindicated": _CONTRAINDICATED}
+    return {"instance-identity": values.get(status, _NOTHING)}
+
+
+def _vector(appraisal: Appraisal) -> dict[str, int]:
+    """Say the checks in AR4SI's words. Where the Evidence is not authentic, nothing is claimed but that."""
+    if appraisal.status == "none":
+        return {"instance-identity": _NOTHING}
+    outcomes = {check.name: check.outcome for check in appraisal.checks}
+    worst = {claim: max(_VALUES[outcomes[name]] for name in names) for claim, names in _VECTOR.items()}
+    return {"instance-identity": _AFFIRMING, **worst}

@@ -1,0 +1,252 @@
+"""A node joins: the controller's half of enrolment, pushed Evidence and renewal.
+
+Enrolment, first call:
+
+1. The join token is known, unused, in date, and for this node if for any.
+2. The endorsement key is a genuine TPM's: its certificate leads to the operator's trust store, or its digest stands on the allowlist.
+3. The attestation key equals the template.
+4. Neither the name nor the TPM is enrolled already.
+5. A credential is made for the endorsement key *of the certificate*, openable for this attestation key alone.
+
+Second call:
+
+6. The secret is the one that was in the credential: attestation key and endorsement key live in one TPM.
+7. The Evidence is authentic, over the nonce, by that attestation key, for the key that is to be certified.
+8. The token is used up, the node written, its first result kept and its certificate issued in one transaction.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass
+
+from cryptography import x509
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from agent import clock
+from agent.attest.enrolment import (
+    Challenge,
+    EnrolChallenge,
+    EnrolGrant,
+    EnrolProof,
+    EnrolRequest,
+    PushAnswer,
+    PushedEvidence,
+)
+from agent.attest.evidence import NONCE_BYTES
+from agent.attest.structures import parse_ak_public
+from agent.errors import VerificationError
+from controller.flows.appraising import Appraiser, Finding
+from controller.settings import Settings
+from controller.store import audit, fleet, joining
+from controller.store.database import Database
+from controller.store.fleet import NewNode, NodeRecord
+from controller.store.joining import Enrolment
+from controller.trust.authority import Authority, Issued, request_key, spki_sha256
+from controller.trust.credential import make_credential
+from controller.trust.endorsement import EndorsementKey, allowed, verify_endorsement
+
+__all__ = ["Joining"]
+
+ENROLMENT_S = 120
+CHALLENGE_S = 120
+SECRET_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """What both halves need. ``roots`` and ``allowlist`` are the operator's trust in TPMs."""
+
+    database: Database
+    appraiser: Appraiser
+    authority: Authority
+    settings: Settings
+    roots: tuple[x509.Certificate, ...]
+    allowlist: frozenset[str]
+
+    async def begin(self, request: EnrolRequest) -> EnrolChallenge:
+        """First call.
+
+        Raises:
+            PeerError, VerificationError: with the first thing that does not hold.
+        """
+        now_us = clock.now_us()
+        async with self.database.begin() as connection:
+            # 1. The token.
+            await joining.valid_token(connection, request.token, request.secret, request.node, now_us)
+        # 2. A genuine TPM.
+        endorsement = self._endorsement(request)
+        # 3. A key that it made and keeps.
+        ak = parse_ak_public(request.ak_public)
+        # 5. What only that TPM can open.
+        secret, nonce = secrets.token_bytes(SECRET_BYTES), secrets.token_hex(NONCE_BYTES)
+        blob, encrypted = make_credential(endorsement.key, ak.name, secret)
+        enrolment = Enrolment(
+            id=secrets.token_hex(16),
+            token=request.token,
+            node=request.node,
+            mode=request.mode,
+            address=request.address,
+            ek_sha256=endorsement.sha256,
+            ak_public=ak.marshaled,
+            secret_sha256=hashlib.sha256(secret).hexdigest(),
+            nonce=nonce,
+            expires_us=now_us + ENROLMENT_S * 1_000_000,
+        )
+        async with self.database.begin() as connection:
+            # 4. Not enrolled yet; asked again when it is written.
+            await fleet.check_free(connection, request.node, endorsement.sha256)
+            await joining.add_enrolment(connection, enrolment)
+        return EnrolChallenge(
+            enrolment=enrolment.id,
+            credential_blob=blob,
+            encrypted_secret=encrypted,
+            nonce=nonce,
+            expires_s=ENROLMENT_S,
+        )
+
+    def _endorsement(self, request: EnrolRequest) -> EndorsementKey:
+        if request.ek_certificate is None:
+            return allowed(request.ek_public, self.allowlist)
+        moment = dt.datetime.fromtimestamp(clock.now(), dt.UTC)
+        return verify_endorsement(request.ek_certificate, request.ek_chain, request.ek_public, self.roots, moment)
+
+    async def complete(self, name: str, proof: EnrolProof) -> EnrolGrant:
+        """Second call.
+
+        Raises:
+            PeerError, VerificationError: as :meth:`begin`; the enrolment is used up all the same.
+        """
+        now_us = clock.now_us()
+        async with self.database.begin() as connection:
+            enrolment = await joining.take_enrolment(connection, name, now_us)
+        # 6. One TPM.
+        if not hmac.compare_digest(hashlib.sha256(proof.secret).hexdigest(), enrolment.secret_sha256):
+            raise VerificationError("credential", "the secret is not the one in the credential")
+        key = request_key(proof.csr)
+        async with self.database.begin() as connection:
+            # 8. All of it, or nothing.
+            token = await joining.use_token(connection, enrolment.token, enrolment.node, now_us)
+            issued = self._issue(enrolment.node, proof.csr)
+            new = NewNode(
+                id=enrolment.node,
+                group=token.group_name,
+                labels=token.labels,
+                mode=enrolment.mode,
+                address=enrolment.address,
+                ek_sha256=enrolment.ek_sha256,
+                ak_public=enrolment.ak_public,
+                spki_sha256=issued.spki_sha256,
+                boot_pcrs=proof.evidence.pcrs.sha256,
+                certificate_until_us=issued.until_us,
+            )
+            await fleet.add(connection, new, now_us)
+            node = await fleet.find(connection, enrolment.node)
+            # 7. Authentic Evidence. What it shows may still be wrong: then the node is enrolled and not trusted.
+            finding = await self._first(connection, node, proof, enrolment.nonce, spki_sha256(key))
+            await audit.append(
+                connection,
+                audit.AuditEntry(
+                    kind="node.enrol",
+                    principal=f"node/{node.id}",
+                    node=node.id,
+                    detail={"group": token.group_name, "token": token.id, "ek_sha256": enrolment.ek_sha256},
+                ),
+            )
+            await self.appraiser.keep(connection, finding)
+        return EnrolGrant(
+            node=node.id,
+            certificate=issued.pem,
+            ca=self.authority.ca_pem,
+            jwks=self.authority.jwks(),
+            trust_domain=self.authority.trust_domain,
+            interval_s=node.interval_s,
+            result=self.appraiser.sign(finding),
+        )
+
+    async def _first(
+        self, connection: AsyncConnection, node: NodeRecord, proof: EnrolProof, nonce: str, spki: str
+    ) -> Finding:
+        reference = await self.appraiser.reference(connection, node)
+        finding = self.appraiser.appraise(node, reference, proof.evidence.encode(), bytes.fromhex(nonce), spki)
+        if node.version and finding.appraisal.retry:
+            raise VerificationError("clock", "the TPM's clock is not safe yet: enrol again in a few minutes")
+        failed = finding.appraisal.failed
+        if finding.appraisal.claims is None:
+            raise failed_check(finding)
+        if failed is not None and failed.name == "spki":
+            raise failed_check(finding)
+        if finding.appraisal.claims.node != node.id:
+            raise VerificationError("node", f"the Evidence speaks of {finding.appraisal.claims.node}")
+        return finding
+
+    def _issue(self, node: str, csr: bytes) -> Issued:
+        return self.authority.issue(f"node/{node}", node, request_key(csr), self.settings.enrolment.certificate_s)
+
+    # --- afterwards
+
+    async def challenge(self, name: str) -> Challenge:
+        """Give a nonce for pushed Evidence.
+
+        Raises:
+            PeerError: 404, when no such node is enrolled.
+        """
+        nonce = secrets.token_hex(NONCE_BYTES)
+        async with self.database.begin() as connection:
+            node = await fleet.find(connection, name)
+            await joining.add_challenge(connection, name, nonce, clock.now_us() + CHALLENGE_S * 1_000_000)
+        return Challenge(nonce=nonce, start=node.verified.index if node.verified else 0)
+
+    async def pushed(self, push: PushedEvidence, peer_spki_sha256: str | None) -> PushAnswer:
+        """Appraise pushed Evidence; renew the certificate where that is asked for.
+
+        Args:
+            push: what was sent.
+            peer_spki_sha256: key of the client certificate, where the node has shown a valid one.
+
+        Raises:
+            PeerError: the node is not enrolled, or the nonce is not open.
+            VerificationError: a renewal whose Evidence is not authentic, or no certificate and no request for one.
+        """
+        now_us = clock.now_us()
+        async with self.database.begin() as connection:
+            await joining.take_challenge(connection, push.node, push.nonce, now_us)
+            node = await fleet.find(connection, push.node)
+            reference = await self.appraiser.reference(connection, node)
+        spki = peer_spki_sha256
+        if push.csr is not None:
+            spki = spki_sha256(request_key(push.csr))
+        if spki is None:
+            raise VerificationError("spki", "no client certificate: send a certificate request with the Evidence")
+        finding = self.appraiser.appraise(node, reference, push.evidence.encode(), bytes.fromhex(push.nonce), spki)
+        issued = None
+        async with self.database.begin() as connection:
+            await fleet.answered(connection, [node.id], now_us)
+            if node.mode == "push":
+                await fleet.postpone(connection, node.id, now_us + 2 * node.interval_s * 1_000_000)
+            await self.appraiser.keep(connection, finding)
+            if push.csr is not None:
+                if finding.appraisal.status == "none":
+                    raise failed_check(finding)
+                issued = self._issue(node.id, push.csr)
+                await fleet.certified(connection, node.id, issued.spki_sha256, issued.until_us)
+                await audit.append(
+                    connection,
+                    audit.AuditEntry(kind="node.renew", principal=f"node/{node.id}", node=node.id),
+                )
+        return PushAnswer(
+            result=self.appraiser.sign(finding),
+            interval_s=node.interval_s,
+            certificate=issued.pem if issued else None,
+        )
+
+
+def failed_check(finding: Finding) -> VerificationError:
+    """Return the first failed check as an error."""
+    failed = finding.appraisal.failed
+    if failed is None:
+        return VerificationError("evidence", "it is not authentic")
+    return VerificationError(failed.name, failed.words)

@@ -1,0 +1,173 @@
+"""Build one replica of the controller and run it: listener, poller, housekeeping.
+
+Rules:
+
+1. The first task that fails stops the process; the service manager starts it again, and nothing that was acknowledged is lost.
+2. A replica says in the database that it lives; the others notice when it does not any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import structlog
+from aiohttp import web
+
+from agent import clock
+from agent.errors import ConfigError, HostError
+from controller import __version__
+from controller.api.limiter import Limiter
+from controller.api.nodes import node_routes
+from controller.api.openapi import document
+from controller.api.operators import Operators
+from controller.api.routing import Call, Route, Surface
+from controller.flows.appraising import Appraiser
+from controller.flows.deliver import Deliverer
+from controller.flows.joining import Joining
+from controller.flows.polling import Poller
+from controller.settings import Settings
+from controller.store import joining as joining_store
+from controller.store import replicas
+from controller.store.database import Database, StoreError
+from controller.trust.authority import Authority
+from controller.trust.authorize import Authorizer
+from controller.trust.endorsement import load_allowlist, load_roots
+from controller.trust.oidc import OidcReader
+
+__all__ = ["Controller", "run"]
+
+HEARTBEAT_S = 5.0
+HANDSHAKE_S = 10.0
+SHUTDOWN_S = 10.0
+_log = structlog.get_logger(__name__)
+
+
+class Controller:
+    """One replica. Use :meth:`running` inside the event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.id = secrets.token_hex(16)
+        self.port = 0
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[asyncio.TaskGroup]:
+        """Serve until the block ends; a task that fails ends it."""
+        settings = self._settings
+        authority = Authority.load(Path(settings.keys), settings.trust_domain)
+        context = listener_context(authority)
+        roots = load_roots(settings.enrolment.ek_roots)
+        allowlist = load_allowlist(settings.enrolment.ek_allowlist)
+        async with contextlib.AsyncExitStack() as stack:
+            database = await Database.open(settings.database)
+            stack.push_async_callback(database.close)
+            appraiser = Appraiser(authority, nats=settings.nats is not None)
+            poller = Poller(database, appraiser, authority, settings.poll)
+            join = Joining(database, appraiser, authority, settings, roots, allowlist)
+            routes = [
+                *node_routes(join, authority, Limiter(settings.enrolment.per_minute), settings.poll.max_evidence_bytes),
+                *Operators(database, authority, appraiser, poller, settings).routes(),
+            ]
+            routes.append(_description(routes, settings.url))
+            tokens = OidcReader(settings.oidc).read if settings.oidc else None
+            surface = Surface(database, Authorizer(), tokens)
+            await self._serve(stack, surface.application(routes), context)
+            async with asyncio.TaskGroup() as group:
+                deliverer = Deliverer(database, settings.nats)
+                work = (poller.run(), deliverer.run(), self._keep_house(database))
+                tasks = [group.create_task(one) for one in work]
+                _log.info("serving", port=self.port, replica=self.id, version=__version__)
+                yield group
+                for task in tasks:
+                    task.cancel()
+
+    async def _serve(
+        self, stack: contextlib.AsyncExitStack, application: web.Application, context: ssl.SSLContext
+    ) -> None:
+        host, _, port = self._settings.listen.rpartition(":")
+        runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        try:
+            sock = socket.create_server((host.strip("[]"), int(port)), backlog=1024, reuse_port=False)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"listen: {self._settings.listen}: {error}") from error
+        self.port = sock.getsockname()[1]
+        site = web.SockSite(runner, sock, ssl_context=context)
+        await site.start()
+
+    async def _keep_house(self, database: Database) -> None:
+        """Say that this replica lives, notice those that do not, delete what has expired."""
+        name = f"{socket.gethostname()}:{os.getpid()}"
+        while True:
+            try:
+                async with database.begin() as connection:
+                    lost = await replicas.beat(connection, self.id, name, clock.now_us())
+                    await joining_store.sweep(connection, clock.now_us())
+                for other in lost:
+                    _log.error("replica_lost", replica=other)
+            except StoreError as error:
+                _log.error("database_lost", error=str(error))
+            await asyncio.sleep(HEARTBEAT_S)
+
+
+def _description(routes: list[Route], url: str) -> Route:
+    async def describe(_call: Call) -> object:
+        return document([*routes, own], url)
+
+    own = Route("GET", "/openapi.json", "This description", describe, answer=dict[str, Any])
+    return own
+
+
+def listener_context(authority: Authority) -> ssl.SSLContext:
+    """Return the listener's TLS: 1.3, client certificates of the controller's CA, which are optional.
+
+    Raises:
+        ConfigError: the files do not load.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_OPTIONAL
+    try:
+        context.load_cert_chain(*authority.server_files)
+        context.load_verify_locations(cadata=authority.ca_pem)
+    except OSError as error:
+        raise ConfigError(f"keys: server.pem, server.key: {error}") from error
+    return context
+
+
+def run(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError, HostError: what stands in the way of a start.
+    """
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        async with Controller(settings).running():
+            await stop.wait()
+
+    import uvloop  # noqa: PLC0415 -- the other verbs need no event loop
+
+    failure: BaseException | None = None
+    try:
+        uvloop.run(main())
+    except BaseExceptionGroup as group:
+        failure = group.exceptions[0]
+    if isinstance(failure, HostError | ConfigError):
+        raise failure
+    if failure is not None:
+        raise HostError(f"the controller failed: {failure!r}") from failure

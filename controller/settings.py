@@ -1,0 +1,192 @@
+"""The settings of a controller: one YAML file, parsed once into frozen values.
+
+Rules:
+
+1. An unknown key, a wrong type or a value out of range is a :class:`agent.errors.ConfigError` that names the setting.
+2. Relative paths are relative to the file that holds them.
+3. Secrets stand in files, never in the settings; the database's password in a file that ``database.password_file`` names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from agent import strict_yaml
+from agent.errors import ConfigError
+
+__all__ = [
+    "DEFAULT_CONFIG",
+    "DatabaseSettings",
+    "EnrolmentSettings",
+    "NatsSettings",
+    "OidcSettings",
+    "PollSettings",
+    "Settings",
+    "database_url",
+    "json_schema",
+    "load",
+]
+
+DEFAULT_CONFIG = Path("/etc/edgewarden/controller.yaml")
+MAX_CONFIG_BYTES = 256 * 1024
+_SQLITE = "sqlite+aiosqlite"
+_POSTGRESQL = "postgresql+asyncpg"
+
+
+class DatabaseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where the state lives."""
+
+    url: Annotated[str, Meta(description="sqlite+aiosqlite:///PATH, or postgresql+asyncpg://USER@HOST/NAME.")] = (
+        "sqlite+aiosqlite:///controller.db"
+    )
+    password_file: Annotated[str | None, Meta(description="File that holds PostgreSQL's password.")] = None
+    connections: Annotated[int, Meta(ge=2, le=100, description="Connections of this replica to PostgreSQL.")] = 10
+
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether it is one file, and so for one replica."""
+        return self.url.startswith(_SQLITE)
+
+
+class EnrolmentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Whose TPMs are genuine, and how fast nodes may come."""
+
+    ek_roots: Annotated[list[str], Meta(description="PEM files of TPM vendors' CAs, intermediates too.")] = []
+    ek_allowlist: Annotated[
+        str | None, Meta(description="File of SHA-256 digests of EK public keys (SubjectPublicKeyInfo), one a line.")
+    ] = None
+    certificate_s: Annotated[int, Meta(ge=60, le=31_536_000, description="Validity of a node's certificate.")] = 604_800
+    per_minute: Annotated[
+        int, Meta(ge=1, le=100_000, description="Enrolment calls that are taken from an address.")
+    ] = 30
+
+
+class PollSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How nodes are polled."""
+
+    interval_s: Annotated[int, Meta(ge=1, le=86_400, description="Default for a new group.")] = 60
+    timeout_s: Annotated[int, Meta(ge=1, le=600, description="Time for one poll; an interval at most.")] = 20
+    concurrency: Annotated[int, Meta(ge=1, le=4096, description="Polls at a time.")] = 64
+    max_evidence_bytes: Annotated[int, Meta(ge=65_536, le=64 << 20, description="Largest Evidence.")] = 46 << 20
+
+
+class OidcSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Admins that an OpenID provider vouches for."""
+
+    issuer: Annotated[str, Meta(description="`iss` of the tokens.", max_length=512)]
+    audience: Annotated[str, Meta(description="`aud` that a token must name.", min_length=1, max_length=256)]
+    jwks: Annotated[str, Meta(description="JWKS of the issuer: an https:// address, or a file.")]
+    ca: Annotated[str | None, Meta(description="PEM file of the CAs that the address is verified with.")] = None
+    roles_claim: Annotated[str, Meta(description="Claim that lists roles.", min_length=1, max_length=64)] = "roles"
+
+
+class NatsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Events to NATS JetStream."""
+
+    url: Annotated[str, Meta(description="nats://HOST:PORT, or tls://HOST:PORT.")]
+    stream: Annotated[str, Meta(pattern=r"^[A-Z0-9_-]{1,64}$", description="Stream; made if it is not there.")] = (
+        "EDGEWARDEN"
+    )
+    subject: Annotated[str, Meta(pattern=r"^[a-z0-9_.-]{1,128}$", description="Prefix of the subjects.")] = "edgewarden"
+    ca: Annotated[str | None, Meta(description="PEM file of the CAs that tls:// is verified with.")] = None
+    credentials: Annotated[str | None, Meta(description="NATS credentials file.")] = None
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The whole file."""
+
+    listen: Annotated[str, Meta(description="ADDRESS:PORT for nodes and operators.")] = "127.0.0.1:8445"
+    url: Annotated[
+        str, Meta(description="How nodes and operators reach it: https://NAME:PORT.", pattern=r"^https://")
+    ] = "https://localhost:8445"
+    trust_domain: Annotated[str, Meta(pattern=r"^[a-z0-9._-]{1,255}$", description="Of the SPIFFE IDs.")] = (
+        "edgewarden.internal"
+    )
+    keys: Annotated[str, Meta(description="Directory that `edgewarden controller init` made.")] = "keys"
+    database: DatabaseSettings = DatabaseSettings()
+    enrolment: EnrolmentSettings = EnrolmentSettings()
+    poll: PollSettings = PollSettings()
+    oidc: OidcSettings | None = None
+    nats: NatsSettings | None = None
+    metrics: Annotated[str | None, Meta(description="Loopback ADDRESS:PORT for health and metrics.")] = None
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of the file."""
+    return msgspec.json.schema(Settings)
+
+
+def load(path: Path) -> Settings:
+    """Read and validate the settings.
+
+    Raises:
+        ConfigError: unreadable, not YAML, or not the schema; the text names the place.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; `edgewarden controller init` makes one") from error
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
+    try:
+        settings = msgspec.convert(strict_yaml.load(text) or {}, Settings)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return _absolute(settings, path.resolve().parent)
+
+
+def database_url(settings: DatabaseSettings) -> URL:
+    """Return the database's URL with its password.
+
+    Raises:
+        ConfigError: it is not one of the two kinds, or the password can't be read.
+    """
+    try:
+        url = make_url(settings.url)
+    except ArgumentError as error:
+        raise ConfigError(f"database.url: {error}") from error
+    if url.drivername not in {_SQLITE, _POSTGRESQL}:
+        raise ConfigError(f"database.url: it begins with {_SQLITE}:// or {_POSTGRESQL}://, not {url.drivername}://")
+    if url.password is not None:
+        raise ConfigError("database.url: put the password into a file and name it as database.password_file")
+    if settings.password_file:
+        try:
+            url = url.set(password=Path(settings.password_file).read_text().strip())
+        except OSError as error:
+            raise ConfigError(f"database.password_file: {settings.password_file}: {error.strerror}") from error
+    return url
+
+
+def _absolute(settings: Settings, base: Path) -> Settings:
+    def against(value: str | None) -> str | None:
+        return None if value is None else str(base / value)
+
+    replace = msgspec.structs.replace
+    database = settings.database
+    prefix = f"{_SQLITE}:///"
+    if database.url.startswith(prefix):
+        database = replace(database, url=prefix + str(base / database.url.removeprefix(prefix)))
+    database = replace(database, password_file=against(database.password_file))
+    enrolment = replace(
+        settings.enrolment,
+        ek_roots=[str(base / root) for root in settings.enrolment.ek_roots],
+        ek_allowlist=against(settings.enrolment.ek_allowlist),
+    )
+    oidc = settings.oidc
+    if oidc is not None:
+        jwks = oidc.jwks if oidc.jwks.startswith("https://") else str(base / oidc.jwks)
+        oidc = replace(oidc, jwks=jwks, ca=against(oidc.ca))
+    nats = settings.nats
+    if nats is not None:
+        nats = replace(nats, ca=against(nats.ca), credentials=against(nats.credentials))
+    return replace(
+        settings, keys=str(base / settings.keys), database=database, enrolment=enrolment, oidc=oidc, nats=nats
+    )

@@ -1,0 +1,1 @@
+"""The controller's state in a database: the only place that knows SQL."""

@@ -1,0 +1,1 @@
+"""Keys, certificates, and who is believed: the CA, endorsement keys, credentials, admins."""
