@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -11,7 +10,9 @@ import pytest
 import yaml
 
 from tests.support.node import infer, start_node, until
+from tools.demo_controller import DemoController
 from tools.demo_node import ROOT
+from tools.software_tpm import free_port
 
 TINY = [{"name": "x", "datatype": "FP32", "shape": [1, 64], "data": [0.5] * 64}]
 MIXED = [
@@ -20,12 +21,6 @@ MIXED = [
     {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["t"]},
 ]
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
-
-
-def _free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def edgewarden(*words, text=""):
@@ -44,20 +39,13 @@ def ok(*words, text=""):
 @contextlib.contextmanager
 def controller(folder, vendor):
     """``controller init`` and ``controller run``; yields the admin's directory."""
-    url = f"https://localhost:{_free_port()}"
-    ok("controller", "init", folder, "--url", url, "--listen", f"127.0.0.1:{url.rpartition(':')[2]}")
-    settings = yaml.safe_load((folder / "controller.yaml").read_text())
-    (folder / "vendor.pem").write_text("".join(path.read_text() for path in sorted(vendor.glob("*cert.pem"))))
-    settings |= {"enrolment": {"ek_roots": ["vendor.pem"]}, "poll": {"interval_s": 1, "timeout_s": 5}}
-    (folder / "controller.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "agent.cli", "controller", "run", "--config", str(folder / "controller.yaml")]
-    with (folder / "log").open("wb") as log, subprocess.Popen(command, stderr=log, cwd=ROOT) as process:
-        try:
-            until(lambda: '"serving"' in (folder / "log").read_text() or process.poll() is not None)
-            assert process.poll() is None, (folder / "log").read_text()
-            yield folder / "admin"
-        finally:
-            process.terminate()
+    made = DemoController(folder, vendor)
+    made.prepare()
+    made.start()
+    try:
+        yield made.admin
+    finally:
+        made.stop()
 
 
 def _status(admin, name):
@@ -68,7 +56,7 @@ def _status(admin, name):
 @pytest.mark.parametrize("mode", ["pull", "push"])
 def test_trust_follows_what_a_node_runs(node_home, tmp_path, mode):
     """Affirming; a tampered model is a warning until it is repaired; a withdrawn one is contraindicated until the node has dropped it for good."""
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     overrides = {"control": {"listen": address}} if mode == "pull" else {}
     root = tmp_path / "n"
     with (
