@@ -3,10 +3,12 @@ SHELL := /bin/bash
 VENV := .cache/venv/bin
 export PATH := $(CURDIR)/.cache/bin:$(PATH)
 PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS := attest signature public log evidence
 PYTEST_COVERAGE := $(if $(COVERAGE),--cov --cov-report=)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup opa oms keylime demo run test coverage bench lint format lock clean
+.PHONY: help setup opa oms keylime demo run test coverage fuzz bench lint format lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,7 +31,7 @@ demo: setup ## A narrated tour of a whole node; ends by itself
 run: setup ## Start the same node in the foreground (TPM=tcti for a real TPM)
 	@$(VENV)/python -m tools.demo --serve $(if $(TPM),--tpm '$(TPM)')
 
-bench: setup ## Compare with an unguarded server, in one run
+bench: setup keylime ## Compare with an unguarded server, in one run
 	$(VENV)/python -m bench.run
 
 test: setup opa oms keylime ## Run all tests
@@ -39,6 +41,12 @@ test: setup opa oms keylime ## Run all tests
 
 coverage: ## Run all tests, print coverage by room and fail below a bar
 	@$(MAKE) --no-print-directory test COVERAGE=1
+
+fuzz: setup ## Fuzz each parser of the appraiser for FUZZ_SECONDS (60)
+	@mkdir -p $(addprefix .cache/fuzz/,$(FUZZ_TARGETS))
+	@set -e; for target in $(FUZZ_TARGETS); do echo "fuzz: $$target"; \
+	  $(VENV)/python -m tests.fuzz.run $$target -max_total_time=$(FUZZ_SECONDS) -timeout=10 -verbosity=0 -print_final_stats=1 \
+	    -artifact_prefix=.cache/fuzz/$$target- .cache/fuzz/$$target tests/fuzz/corpus/$$target; done
 
 lint: setup ## Check format, style, types and the import rule
 	$(VENV)/ruff format --check .

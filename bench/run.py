@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import loading
+from bench import appraisal, loading
 from bench.machine import describe, steal_share
 from bench.servers import LOAD_CORE, BareServer, NodeServer, Round, Server, cpu_ns, load, pinned
 from bench.workloads import Workload, write_workloads
@@ -271,11 +271,17 @@ def _pss_mb(pid: int) -> float:
     raise RuntimeError(f"process {pid} has no Pss")
 
 
+def appraisals(effort: Effort) -> None:
+    """Evidence beside Keylime's library."""
+    appraisal.report(effort.rounds)
+
+
 SECTIONS: Mapping[str, Callable[[Effort], None]] = {
     "inference": inference,
     "decisions": decisions,
     "loading": package_load,
     "footprint": footprint,
+    "appraisal": appraisals,
 }
 
 

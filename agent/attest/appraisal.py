@@ -40,7 +40,7 @@ import msgspec
 
 from agent.attest.evidence import Claims, Evidence, HexDigest, extra_data, quoted_pcrs
 from agent.attest.findings import Check, compare
-from agent.attest.measurement import MAX_LOG_ENTRIES, LogState, parse_entries, replay
+from agent.attest.measurement import MAX_LOG_ENTRIES, LogState, replay_log
 from agent.attest.reference import ReferenceValues
 from agent.attest.structures import (
     ALG_SHA256,
@@ -272,15 +272,15 @@ def _replay(evidence: Evidence, clock: ClockInfo, quoted: bytes, expect: Expecta
         value, state = bytes.fromhex(before.pcr), before.state
     else:
         raise VerificationError("log-replay", f"entries from {claims.start} do not continue a verified log: ask from 0")
-    entries = list(parse_entries(evidence.entries, measurement.pcr))
+    entries, value = replay_log(evidence.entries, measurement.pcr, value)
     if len(entries) != claims.count:
         raise VerificationError("log-replay", f"{len(entries)} entries were sent, {claims.count} are claimed")
     if claims.start + claims.count > MAX_LOG_ENTRIES:
         raise VerificationError("log-replay", f"the log has more than {MAX_LOG_ENTRIES} entries")
-    value = replay(entries, value)
     if not hmac.compare_digest(value, quoted):
         raise VerificationError("log-replay", f"the entries do not replay to the quoted PCR {measurement.pcr}")
-    state = state.after(entries, at_start=claims.start == 0)
+    if entries:
+        state = state.after(entries, at_start=claims.start == 0)
     return Verified(
         index=claims.start + claims.count,
         pcr=value.hex(),

@@ -12,7 +12,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -34,6 +34,9 @@ MAX_CHECK_ENTRIES = 16
 _MAX_WORDS = 5
 
 Outcome: TypeAlias = Literal["ok", "failed", "warning", "retry", "skipped"]
+
+
+_Seen: TypeAlias = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +63,18 @@ def compare(state: LogState, claims: Claims, values: dict[int, bytes], reference
         values: quoted PCRs by index.
         reference: what the operator approved.
     """
+    # What was ever in force and is not approved now: few, so that each check looks at these alone.
+    approved = reference.models.get
+    odd = [(what, digest) for what, digest in state.seen if "/" not in what or digest not in approved(what, ())]
     return (
         # 13. Every model file that was ever handed over since the reset was approved; those in force still are.
-        _models(state, reference),
+        _models(state, odd, reference),
         # 14. Nothing that was refused waits for its repair.
         _refused(state),
         # 15. Settings, now and earlier.
-        _config(state, reference),
+        _config(state, odd, reference),
         # 16. The policy in force is assigned, or was until this rollout; earlier ones were approved once.
-        _policy(state, claims, reference),
+        _policy(state, odd, claims, reference),
         # 17. The log began on the boot that the TPM shows.
         _boot_aggregate(state, values, reference),
         # 18. Boot PCRs by their rules.
@@ -85,19 +91,13 @@ def _bounded(paths: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(paths)[:MAX_CHECK_ENTRIES])
 
 
-def _models(state: LogState, reference: ReferenceValues) -> Check:
-    def approved(path: str, digest: str) -> bool:
-        return digest in reference.models.get(path, ())
-
-    in_force = {path for path, digest in state.models.items() if not approved(path, digest)}
+def _models(state: LogState, odd: _Seen, reference: ReferenceValues) -> Check:
+    # What is in force was in force: `seen` holds it too, so that who is not odd need not be looked at again.
+    in_force = {path for path, digest in odd if state.models.get(path) == digest}
     if in_force:
         words = f"in force and not approved: {_some(in_force)}"
         return Check("models", "failed", words, _bounded(map(model_path, in_force)))
-    ever = {
-        path
-        for path, digest in state.seen
-        if "/" in path and not approved(path, digest) and digest not in reference.withdrawn.get(path, ())
-    }
+    ever = {path for path, digest in odd if "/" in path and digest not in reference.withdrawn.get(path, ())}
     if ever:
         words = f"handed over since the last reset and never approved: {_some(ever)}"
         return Check("models", "failed", words, _bounded(map(model_path, ever)))
@@ -110,18 +110,18 @@ def _refused(state: LogState) -> Check:
     return Check("refused", "warning", f"refused: {_some(state.refused)}", _bounded(map(refused_path, state.refused)))
 
 
-def _config(state: LogState, reference: ReferenceValues) -> Check:
+def _config(state: LogState, odd: _Seen, reference: ReferenceValues) -> Check:
     once = reference.configs | reference.retired_configs
-    words = _setting("config", state, state.config, reference.configs, once)
+    words = _setting("config", odd, state.config, reference.configs, once)
     return Check("config", "failed", words, (CONFIG_PATH,)) if words else Check("config", "ok")
 
 
-def _policy(state: LogState, claims: Claims, reference: ReferenceValues) -> Check:
+def _policy(state: LogState, odd: _Seen, claims: Claims, reference: ReferenceValues) -> Check:
     policy = reference.policy
     in_force = () if state.policy_revision is None else (policy_path(state.policy_revision),)
     if state.policy is not None and claims.policy_sha256 != state.policy:
         return Check("policy", "failed", "the claims name another policy than the log", in_force)
-    words = _setting("policy", state, state.policy, policy.in_force, policy.in_force | policy.retired)
+    words = _setting("policy", odd, state.policy, policy.in_force, policy.in_force | policy.retired)
     if words:
         return Check("policy", "failed", words, in_force if state.policy not in policy.in_force else ())
     if state.policy != policy.assigned:
@@ -129,13 +129,13 @@ def _policy(state: LogState, claims: Claims, reference: ReferenceValues) -> Chec
     return Check("policy", "ok")
 
 
-def _setting(kind: str, state: LogState, in_force: str | None, approved: frozenset[str], once: frozenset[str]) -> str:
+def _setting(kind: str, odd: _Seen, in_force: str | None, approved: frozenset[str], once: frozenset[str]) -> str:
     """Return what is wrong with settings or policy; empty when nothing is."""
     if in_force is None:
         return f"no {kind} was measured"
     if in_force not in approved:
         return f"the {kind} in force ({in_force[:16]}…) is not approved"
-    unknown = {digest for what, digest in state.seen if what == kind} - once
+    unknown = {digest for what, digest in odd if what == kind} - once
     if unknown:
         return f"a {kind} was in force since the last reset that was never approved: {_some(unknown)}"
     return ""

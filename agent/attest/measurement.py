@@ -19,7 +19,6 @@ import hashlib
 import re
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import msgspec
 
@@ -49,6 +48,7 @@ __all__ = [
     "refused_entry",
     "refused_path",
     "replay",
+    "replay_log",
     "unload_entry",
 ]
 
@@ -66,15 +66,17 @@ BOOT_AGGREGATE = "boot_aggregate"
 CONFIG_PATH = "edgewarden/config"
 _TEMPLATE = b"ima-ng"
 _DIGEST_PREFIX = b"sha256:\0"
-_HEADER = struct.Struct("<I20sI")  # pcr, SHA-1 template digest, length of the template's name
+_HEADER = struct.Struct("<I20sI6sI")  # pcr, SHA-1 template digest, name's length, name, length of the data
+_DATA_HEAD = struct.Struct("<I8s32sI")  # length of the digest field, algorithm, digest, length of the path field
 _LENGTH = struct.Struct("<I")
 _DIGEST_FIELD_BYTES = len(_DIGEST_PREFIX) + PCR_BYTES
 _MAX_DATA_BYTES = 2 * _LENGTH.size + _DIGEST_FIELD_BYTES + MAX_PATH_BYTES + 1
-MAX_ENTRY_BYTES = _HEADER.size + len(_TEMPLATE) + _LENGTH.size + _MAX_DATA_BYTES
+MAX_ENTRY_BYTES = _HEADER.size + _MAX_DATA_BYTES
 
 _PATH = re.compile(r"[!-~]+")
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _FILE = re.compile(r"[!-.0-~]+(?:/[!-.0-~]+)*")  # printable ASCII without spaces, no empty part
+_KEY_SLASHES = 2  # at least, in ``name/version/file``
 _NOTHING = hashlib.sha256(b"").digest()
 
 
@@ -82,8 +84,7 @@ def _refuse(message: str) -> VerificationError:
     return VerificationError("log-replay", message)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """One measurement: the SHA-256 digest of what stands behind a path."""
 
     path: str
@@ -98,8 +99,7 @@ class Entry:
     def encode(self, pcr: int) -> bytes:
         """Return the entry as it stands in the binary log."""
         data = self.template_data()
-        header = _HEADER.pack(pcr, _sha1(data), len(_TEMPLATE))
-        return header + _TEMPLATE + _LENGTH.pack(len(data)) + data
+        return _HEADER.pack(pcr, _sha1(data), len(_TEMPLATE), _TEMPLATE, len(data)) + data
 
     def ascii(self, pcr: int) -> str:
         """Return the entry as it stands in ``ascii_runtime_measurements``."""
@@ -188,16 +188,20 @@ def read_entry(data: bytes, at: int, pcr: int) -> tuple[Entry, int] | None:
     Raises:
         VerificationError: ``log-replay``: the bytes are not an entry that this module writes for that PCR.
     """
-    name_end = at + _HEADER.size + len(_TEMPLATE)
-    data_at = name_end + _LENGTH.size
+    found = _read(data, at, pcr)
+    return None if found is None else (found[0], found[2])
+
+
+def _read(data: bytes, at: int, pcr: int) -> tuple[Entry, bytes, int] | None:
+    """Return the entry, its template data and the offset of the next one."""
+    data_at = at + _HEADER.size
     if len(data) < data_at:
         return None
-    entry_pcr, sha1, name_length = _HEADER.unpack_from(data, at)
+    entry_pcr, sha1, name_length, name, length = _HEADER.unpack_from(data, at)
     if entry_pcr != pcr:
         raise _refuse(f"an entry is for PCR {entry_pcr}, not {pcr}")
-    if name_length != len(_TEMPLATE) or data[name_end - len(_TEMPLATE) : name_end] != _TEMPLATE:
+    if name_length != len(_TEMPLATE) or name != _TEMPLATE:
         raise _refuse("an entry's template is not ima-ng")
-    (length,) = _LENGTH.unpack_from(data, name_end)
     if length > _MAX_DATA_BYTES:
         raise _refuse(f"an entry's data of {length} bytes is over {_MAX_DATA_BYTES}")
     end = data_at + length
@@ -207,18 +211,35 @@ def read_entry(data: bytes, at: int, pcr: int) -> tuple[Entry, int] | None:
     entry = _read_template(template_data)
     if _sha1(template_data) != sha1:
         raise _refuse(f"the template digest of {entry.path!r} is wrong")
-    return entry, end
+    return entry, template_data, end
 
 
 def _read_template(data: bytes) -> Entry:
-    digest_at = _LENGTH.size + len(_DIGEST_PREFIX)
-    path_at = 2 * _LENGTH.size + _DIGEST_FIELD_BYTES
-    path = data[path_at:-1].decode("ascii", "replace")
-    entry = Entry(path, data[digest_at : digest_at + PCR_BYTES])
-    # Building it again and comparing checks every length, the algorithm's name and the terminators at once.
-    if not _PATH.fullmatch(path) or entry.template_data() != data:
-        raise _refuse("an entry's data is not a SHA-256 digest and a printable path")
-    return entry
+    path_at = _DATA_HEAD.size
+    if len(data) > path_at:
+        digest_length, algorithm, digest, path_length = _DATA_HEAD.unpack_from(data)
+        lengths = (digest_length, path_length) == (_DIGEST_FIELD_BYTES, len(data) - path_at)
+        if lengths and algorithm == _DIGEST_PREFIX and data[-1] == 0:
+            path = data[path_at:-1].decode("latin-1")  # what is not ASCII does not match
+            if _PATH.fullmatch(path):
+                return Entry(path, digest)
+    raise _refuse("an entry's data is not a SHA-256 digest and a printable path")
+
+
+def _templates(data: bytes, pcr: int) -> Iterator[tuple[Entry, bytes]]:
+    """Yield the entries of a binary log with their template data."""
+    if len(data) > MAX_LOG_BYTES:
+        raise _refuse(f"{len(data)} bytes of entries are over {MAX_LOG_BYTES}")
+    at = count = 0
+    while at < len(data):
+        found = _read(data, at, pcr)
+        if found is None:
+            raise _refuse("the last entry is cut short")
+        count += 1
+        if count > MAX_LOG_ENTRIES:
+            raise _refuse(f"the log has more than {MAX_LOG_ENTRIES} entries")
+        entry, template_data, at = found
+        yield entry, template_data
 
 
 def parse_entries(data: bytes, pcr: int) -> Iterator[Entry]:
@@ -227,18 +248,20 @@ def parse_entries(data: bytes, pcr: int) -> Iterator[Entry]:
     Raises:
         VerificationError: ``log-replay``: malformed, cut short, or over a limit.
     """
-    if len(data) > MAX_LOG_BYTES:
-        raise _refuse(f"{len(data)} bytes of entries are over {MAX_LOG_BYTES}")
-    at = count = 0
-    while at < len(data):
-        found = read_entry(data, at, pcr)
-        if found is None:
-            raise _refuse("the last entry is cut short")
-        count += 1
-        if count > MAX_LOG_ENTRIES:
-            raise _refuse(f"the log has more than {MAX_LOG_ENTRIES} entries")
-        entry, at = found
-        yield entry
+    return (entry for entry, _ in _templates(data, pcr))
+
+
+def replay_log(data: bytes, pcr: int, start: bytes = ZERO_PCR) -> tuple[list[Entry], bytes]:
+    """Return the entries of a binary log and the SHA-256 PCR after extending it by them: both in one pass.
+
+    Raises:
+        VerificationError: ``log-replay``, as :func:`parse_entries`.
+    """
+    entries, value, sha256 = [], start, hashlib.sha256
+    for entry, template_data in _templates(data, pcr):
+        entries.append(entry)
+        value = sha256(value + sha256(template_data).digest()).digest()
+    return entries, value
 
 
 def replay(entries: Iterable[Entry], start: bytes = ZERO_PCR) -> bytes:
@@ -300,24 +323,23 @@ class _Fold:
         digest = entry.digest.hex()
         if first != (entry.path == BOOT_AGGREGATE):
             raise _refuse(f"{BOOT_AGGREGATE} is the first entry and no other")
-        match entry.path.split("/", 4):
-            case ["boot_aggregate"]:
-                self._fields["boot_aggregate"] = digest
-            case ["edgewarden", "config"]:
-                self._fields["config"] = digest
-                self._seen.add(("config", digest))
-            case ["edgewarden", "policy", revision]:
-                self._fields |= {"policy_revision": revision, "policy": digest}
-                self._seen.add(("policy", digest))
-            case ["edgewarden", "models", name, version, file]:
-                key = f"{name}/{version}/{file}"
+        match entry.path.split("/", 2):
+            case ["edgewarden", "models", key] if key.count("/") >= _KEY_SLASHES:
                 self._models[key] = digest
                 self._refused.pop(key, None)
                 self._seen.add((key, digest))
-            case ["edgewarden", "refused", name, version, file]:
-                self._refused[f"{name}/{version}/{file}"] = digest
-            case ["edgewarden", "unload", name, version]:
-                gone = f"{name}/{version}/"
+            case ["edgewarden", "refused", key] if key.count("/") >= _KEY_SLASHES:
+                self._refused[key] = digest
+            case ["edgewarden", "unload", version] if version.count("/") == 1:
+                gone = f"{version}/"
                 self._models = {key: value for key, value in self._models.items() if not key.startswith(gone)}
+            case ["edgewarden", "policy", revision] if "/" not in revision:
+                self._fields |= {"policy_revision": revision, "policy": digest}
+                self._seen.add(("policy", digest))
+            case ["edgewarden", "config"]:
+                self._fields["config"] = digest
+                self._seen.add(("config", digest))
+            case ["boot_aggregate"]:
+                self._fields["boot_aggregate"] = digest
             case _:
                 raise _refuse(f"{entry.path!r} is no path that the agent measures")

@@ -15,6 +15,7 @@ big-endian. Rules:
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 import struct
 from collections.abc import Iterable
@@ -51,6 +52,9 @@ __all__ = [
 MAX_ATTEST_BYTES = 4096
 MAX_SIGNATURE_BYTES = 1024
 MAX_PUBLIC_BYTES = 1024
+MAX_CACHED_KEYS = (
+    4096  # a controller asks for the same nodes' keys again and again: a sixth of a poll that brings nothing new
+)
 MAX_PCR_BANKS = 16  # TPML_PCR_SELECTION of the TSS
 MAX_SELECT_BYTES = 8  # bitmap of 64 PCRs; a PC client has 24
 
@@ -256,6 +260,7 @@ def parse_signature(data: bytes) -> Signature:
     return Signature(int.from_bytes(r), int.from_bytes(s))
 
 
+@functools.lru_cache(MAX_CACHED_KEYS)
 def parse_ak_public(data: bytes) -> AkPublic:
     """Parse the TPMT_PUBLIC of an attestation key (or the TPM2B_PUBLIC around it) and hold it against the template.
 

@@ -97,3 +97,11 @@ def test_any_split_of_a_log_is_appraised_as_the_whole(new, cuts):
     stepped, whole = _polled(log, verified), _polled(log, None)
     assert whole.verified is not None
     assert (stepped.status, stepped.checks, stepped.verified) == (whole.status, whole.checks, whole.verified)
+
+
+@given(st.lists(_ENTRY, max_size=12))
+def test_what_is_in_force_was_in_force(new):
+    """``seen`` holds whatever a log says is in force: findings look for it there."""
+    state = state_of(*ENTRIES, *new)
+    assert state.models.items() <= state.seen
+    assert {("config", state.config), ("policy", state.policy)} <= state.seen

@@ -19,8 +19,10 @@ from agent.attest.measurement import (
     model_entry,
     parse_entries,
     policy_entry,
+    read_entry,
     refused_entry,
     replay,
+    replay_log,
     unload_entry,
 )
 from agent.errors import VerificationError
@@ -207,3 +209,29 @@ def test_a_log_of_other_things_has_no_state(entries):
     with pytest.raises(VerificationError) as raised:
         state_of(*entries)
     assert raised.value.check == "log-replay"
+
+
+def test_an_entry_is_read_at_its_offset():
+    """The entry and where the next one begins; nothing when the bytes end before it does."""
+    at = len(FIRST.encode(PCR))
+    assert read_entry(LOG, 0, PCR) == (FIRST, at)
+    assert read_entry(LOG, at, PCR) == (ENTRIES[1], at + len(ENTRIES[1].encode(PCR)))
+    assert read_entry(LOG[: at - 1], 0, PCR) is None
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 48, FIRST.template_data()[:-1]])
+def test_template_data_that_is_too_short_is_refused(data):
+    """A right template digest does not help data that holds no digest and path."""
+    header = FIRST.encode(PCR)[:34]
+    sha1 = hashlib.sha1(data, usedforsecurity=False).digest()
+    entry = header[:4] + sha1 + header[24:34] + len(data).to_bytes(4, "little") + data
+    with pytest.raises(VerificationError, match="not a SHA-256 digest") as raised:
+        _parsed(entry)
+    assert raised.value.check == "log-replay"
+
+
+@given(st.lists(_entries, max_size=8))
+def test_one_pass_is_parsing_and_replaying(entries):
+    """The entries and the PCR of one pass are those of two."""
+    data = b"".join(entry.encode(PCR) for entry in entries)
+    assert replay_log(data, PCR) == (entries, replay(entries))
