@@ -7,6 +7,7 @@ what is wrong, where, and what to do; it never holds key material, tokens or a c
 __all__ = [
     "AuditError",
     "ConfigError",
+    "ControllerError",
     "EdgeWardenError",
     "HostError",
     "IsolationError",
@@ -39,6 +40,18 @@ class PeerError(EdgeWardenError):
         self.status = status
         self.reason = reason
         self.retry_after_s = retry_after_s
+
+
+class ControllerError(EdgeWardenError):
+    """The controller can't be reached, refuses, or does not speak the protocol.
+
+    Attributes:
+        status: HTTP status of a refusal; None where no answer came.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class VerificationError(EdgeWardenError):

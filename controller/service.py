@@ -17,6 +17,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import structlog
 from aiohttp import web
@@ -30,6 +31,7 @@ from controller.api.openapi import document
 from controller.api.operators import Operators
 from controller.api.routing import Call, Route, Surface
 from controller.flows.appraising import Appraiser
+from controller.flows.deliver import Deliverer
 from controller.flows.joining import Joining
 from controller.flows.polling import Poller
 from controller.settings import Settings
@@ -39,6 +41,7 @@ from controller.store.database import Database, StoreError
 from controller.trust.authority import Authority
 from controller.trust.authorize import Authorizer
 from controller.trust.endorsement import load_allowlist, load_roots
+from controller.trust.oidc import OidcReader
 
 __all__ = ["Controller", "run"]
 
@@ -67,7 +70,7 @@ class Controller:
         async with contextlib.AsyncExitStack() as stack:
             database = await Database.open(settings.database)
             stack.push_async_callback(database.close)
-            appraiser = Appraiser(authority)
+            appraiser = Appraiser(authority, nats=settings.nats is not None)
             poller = Poller(database, appraiser, authority, settings.poll)
             join = Joining(database, appraiser, authority, settings, roots, allowlist)
             routes = [
@@ -75,10 +78,13 @@ class Controller:
                 *Operators(database, authority, appraiser, poller, settings).routes(),
             ]
             routes.append(_description(routes, settings.url))
-            surface = Surface(database, Authorizer(), None)
+            tokens = OidcReader(settings.oidc).read if settings.oidc else None
+            surface = Surface(database, Authorizer(), tokens)
             await self._serve(stack, surface.application(routes), context)
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(poller.run()), group.create_task(self._keep_house(database))]
+                deliverer = Deliverer(database, settings.nats)
+                work = (poller.run(), deliverer.run(), self._keep_house(database))
+                tasks = [group.create_task(one) for one in work]
                 _log.info("serving", port=self.port, replica=self.id, version=__version__)
                 yield group
                 for task in tasks:
@@ -118,7 +124,7 @@ def _description(routes: list[Route], url: str) -> Route:
     async def describe(_call: Call) -> object:
         return document([*routes, own], url)
 
-    own = Route("GET", "/openapi.json", "This description", describe, answer=dict[str, object])
+    own = Route("GET", "/openapi.json", "This description", describe, answer=dict[str, Any])
     return own
 
 

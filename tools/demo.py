@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from tools.demo_controller import DemoController
 from tools.demo_node import ROOT, DemoNode, SoftwareTpm
 
 HOME = ROOT / ".cache" / "demo"
@@ -239,16 +240,86 @@ def appraise(node: DemoNode, reference: Path) -> None:
 
 
 def log(node: DemoNode) -> None:
-    """Chapter 6."""
-    title("6. The audit log")
+    """Chapter 7."""
+    title("7. The audit log")
     directory = str(node.root / "state" / "audit")
     show(["edgewarden", "log", "tail", directory, "-n", "8"])
     show(["edgewarden", "log", "verify", directory])
 
 
+def fleet(node: DemoNode) -> None:
+    """Chapter 6."""
+    title("6. Join a controller: enrolment, trust, and what follows from it")
+    if not (node.root / "vendor").exists():
+        say("Left out with a real TPM: the controller of this tour trusts the software TPM's vendor alone.")
+        return
+    controller = DemoController(node.root / "controller", node.root / "vendor")
+    controller.prepare()
+    controller.start()
+    try:
+        joined(node, controller)
+    finally:
+        controller.stop()
+
+
+def joined(node: DemoNode, controller: DemoController) -> None:
+    """The chapter, with the controller running."""
+    admin = ["--admin", str(controller.admin)]
+    agent = ["--socket", str(node.root / "run" / "admin.sock")]
+    packages = [word for path in sorted(node.store.glob("*/*")) for word in ("--package", str(path))]
+    say("An approver hands over what may run; each thing is verified and digested, not copied as a number:")
+    policy = ["--policy", str(node.root / "policy.tar.gz")]
+    show(["edgewarden", "reference", "approve", "--config", str(node.config), *policy, *packages, *admin])
+    say("A join token serves once, and pins the controller's key. The TPM proves itself by its vendor's certificate:")
+    token = show(["edgewarden", "token", "create", *admin, "--json"], lines=0)
+    path = node.root / "join.token"
+    path.touch(mode=0o600)
+    path.write_text(json.loads(token.stdout)["token"])
+    show(["edgewarden", "attest", "enrol", "--token-file", str(path), "--mode", "push", *agent])
+    show(["edgewarden", "node", "list", *admin])
+    say("Tamper with a model; the result names the entry:")
+    model = node.store / "magika" / "3.3.0" / "model.onnx"
+    whole = model.read_bytes()
+    model.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
+    expect_result(controller, "warning")
+    show(["edgewarden", "node", "show", "edge-0001", "--history", "0", *admin], lines=30)
+    say("Repair it:")
+    model.write_bytes(whole)
+    expect_result(controller, "affirming")
+    say(
+        "Withdraw a version that is loaded. The node loses its trust, drops its models, and does not load this one again:"
+    )
+    show(["edgewarden", "reference", "withdraw", "model", "magika/3.3.0", "-m", "found to be poisoned", *admin])
+    wait_for(node, "dropped", lambda status: state_of(status, "magika") != "loaded")
+    expect_result(controller, "affirming")
+    show(["edgewarden", "node", "show", "edge-0001", *admin], lines=30)
+
+
+def expect_result(controller: DemoController, status: str) -> None:
+    """Wait until the controller thinks so of the node."""
+    command = [
+        sys.executable,
+        "-m",
+        "agent.cli",
+        "node",
+        "show",
+        "edge-0001",
+        "--json",
+        "--admin",
+        str(controller.admin),
+    ]
+    begin = time.monotonic()
+    while time.monotonic() < begin + REACTION_S:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+        if json.loads(done.stdout)["status"] == status:
+            say(f"{status} after {time.monotonic() - begin:.1f} s")
+            return
+    _failures.append(f"the controller's result is not {status} within {REACTION_S:.0f} s")
+
+
 def tour(node: DemoNode) -> None:
     """All chapters, in order."""
-    for chapter in (prepare, start, infer, refusals, attest, log):
+    for chapter in (prepare, start, infer, refusals, attest, fleet, log):
         chapter(node)
 
 
@@ -278,7 +349,7 @@ def main() -> int:
         confirm(arguments.tpm, yes=arguments.yes)
         tcti = arguments.tpm
     else:
-        software = SoftwareTpm(HOME / "tpm")
+        software = SoftwareTpm(HOME / "tpm", vendor=HOME / "vendor")
         software.start()
         tcti = software.tcti
     node = DemoNode(HOME, tcti)

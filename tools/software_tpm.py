@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["SoftwareTpm"]
+__all__ = ["SoftwareTpm", "free_port"]
 
 START_TIMEOUT_S = 30.0
 _ATTEMPTS = 20
@@ -117,3 +117,10 @@ def _two_free_ports() -> int:
             with contextlib.suppress(OSError, OverflowError):
                 second.bind(("127.0.0.1", port + 1))
                 return port
+
+
+def free_port() -> int:
+    """Return a port of loopback that nobody uses now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

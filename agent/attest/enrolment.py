@@ -21,6 +21,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from agent.attest.evidence import Evidence, HexDigest
+from agent.attest.result import MAX_RESULT_BYTES
 from agent.attest.structures import MAX_PUBLIC_BYTES
 from agent.errors import VerificationError
 
@@ -60,6 +61,7 @@ _Certificate = Annotated[bytes, msgspec.Meta(min_length=1, max_length=MAX_CERTIF
 _Public = Annotated[bytes, msgspec.Meta(min_length=1, max_length=MAX_PUBLIC_BYTES)]
 _Secret = Annotated[bytes, msgspec.Meta(min_length=16, max_length=64)]
 _Pem = Annotated[str, msgspec.Meta(max_length=64 * 1024)]
+_Jwt = Annotated[str, msgspec.Meta(max_length=MAX_RESULT_BYTES)]
 _T = TypeVar("_T")
 
 
@@ -171,7 +173,7 @@ class EnrolGrant(_Message, frozen=True, forbid_unknown_fields=True, kw_only=True
     jwks: _Pem
     trust_domain: Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9._-]{1,255}\Z")]
     interval_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)]
-    result: _Pem
+    result: _Jwt
 
 
 class ChallengeRequest(_Message, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -199,7 +201,7 @@ class PushedEvidence(_Message, frozen=True, forbid_unknown_fields=True, kw_only=
 class PushAnswer(_Message, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The Attestation Result, when to come again, and the renewed certificate where one was asked for."""
 
-    result: _Pem
+    result: _Jwt
     interval_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)]
     certificate: _Pem | None = None
 

@@ -33,11 +33,12 @@ Tier: TypeAlias = Literal["none", "affirming", "warning", "contraindicated"]
 
 
 class CheckResult(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One check that is not ``ok``: its name, its outcome and words for a reader."""
+    """One check that is not ``ok``: its name, its outcome, words for a reader, and the entries of the log that it is about."""
 
     name: str
     outcome: str
     words: str = ""
+    entries: tuple[str, ...] = ()
 
 
 class _VerifierClaims(msgspec.Struct, frozen=True):

@@ -15,8 +15,8 @@ MAX_ANSWER_BYTES = 1 << 20
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=TIMEOUT_S)
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
         self._path = path
 
     def connect(self) -> None:
@@ -26,14 +26,20 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def request(
-    socket_path: Path, method: str, path: str, body: bytes | None = None, content_type: str = "application/octet-stream"
+    socket_path: Path,
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    content_type: str = "application/octet-stream",
+    *,
+    timeout_s: float = TIMEOUT_S,
 ) -> tuple[int, dict[str, Any]]:
     """Send one request and return the status and the JSON object that came back.
 
     Raises:
         HostError: the agent does not run, does not answer in time, or answers something else.
     """
-    connection = _UnixConnection(socket_path)
+    connection = _UnixConnection(socket_path, timeout_s)
     try:
         connection.request(method, path, body, {"Content-Type": content_type} if body is not None else {})
         response = connection.getresponse()

@@ -25,7 +25,8 @@ from agent.attest.appraisal import Appraisal, Check, Expectation, appraise
 from agent.attest.evidence import MAX_EVIDENCE_BYTES, NONCE_BYTES
 from agent.attest.reference import ReferenceValues
 from agent.attest.structures import MAX_PUBLIC_BYTES, parse_ak_public
-from agent.cli import reference
+from agent.cli import enrol, reference
+from agent.cli.plugins import PluginGroup
 from agent.errors import ConfigError, HostError, VerificationError
 
 __all__ = ["command"]
@@ -46,13 +47,15 @@ def _hex(value: str) -> bytes:
     return data
 
 
-@click.group()
+@click.group(cls=PluginGroup, plugins="edgewarden.commands.attest")
 def command() -> None:
-    """Fetch and appraise a node's Evidence."""
+    """Enrol a node; fetch and appraise its Evidence."""
 
 
 command.add_command(reference.command)
 command.add_command(reference.keylime_policy)
+for _verb in (enrol.enrol, enrol.status, enrol.leave):
+    command.add_command(_verb)
 
 
 @command.command()

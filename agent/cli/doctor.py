@@ -61,7 +61,7 @@ def command(
     policy = settings.policy if settings else PolicySettings()
     connection = tcti or tpm.tcti
     secrets = [Path(settings.inference.key)] if settings else []
-    if settings and settings.control:
+    if settings and settings.control and settings.control.key:
         secrets.append(Path(settings.control.key))
     offered = probe()
     setup = Setup(

@@ -2,11 +2,11 @@
 
 import importlib
 import sys
-from importlib.metadata import entry_points
 
 import click
 
 from agent import __version__
+from agent.cli.plugins import load_plugin, plugin_names
 from agent.config import quiet_libraries
 from agent.errors import EdgeWardenError, PolicyError, VerificationError
 
@@ -20,6 +20,7 @@ VERBS = {
     "log": "agent.cli.log",
     "doctor": "agent.cli.doctor",
 }
+PLUGINS = "edgewarden.commands"
 EXIT_NO = 1
 EXIT_ENVIRONMENT = 3
 
@@ -31,19 +32,15 @@ class _Verbs(click.Group):
         return [
             *super().list_commands(ctx),
             *VERBS,
-            *(point.name for point in entry_points(group="edgewarden.commands")),
+            *plugin_names(PLUGINS),
         ]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in VERBS:
-            command = importlib.import_module(VERBS[cmd_name]).command
-        else:
-            found = entry_points(group="edgewarden.commands", name=cmd_name)
-            if not found:
-                return super().get_command(ctx, cmd_name)
-            command = next(iter(found)).load()
+        if cmd_name not in VERBS:
+            return super().get_command(ctx, cmd_name) or load_plugin(PLUGINS, cmd_name)
+        command = importlib.import_module(VERBS[cmd_name]).command
         if not isinstance(command, click.Command):
-            raise click.UsageError(f"the plug-in for {cmd_name!r} offers no command")
+            raise click.UsageError(f"the module for {cmd_name!r} offers no command")
         return command
 
 

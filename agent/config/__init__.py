@@ -163,9 +163,13 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """The listener that controllers poll for Evidence."""
 
     listen: Annotated[str, Meta(description="ADDRESS:PORT; port 0 takes a free one.")] = "127.0.0.1:8444"
-    certificate: str
-    key: str
-    client_ca: Annotated[str, Meta(description="PEM file of the CAs that sign controllers' certificates.")]
+    certificate: Annotated[
+        str | None, Meta(description="PEM chain of the server's certificate; without it, key and CA come by enrolment.")
+    ] = None
+    key: Annotated[str | None, Meta(description="PEM key of the server's certificate.")] = None
+    client_ca: Annotated[str | None, Meta(description="PEM file of the CAs that sign controllers' certificates.")] = (
+        None
+    )
 
 
 class AttestSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -284,6 +288,11 @@ def _check_listeners(path: Path, settings: Settings) -> None:
             raise ConfigError(f"{path}: {name}: {listen!r} is not ADDRESS:PORT ({error})") from error
         if name == "metrics.listen" and not ipaddress.ip_address(host).is_loopback:
             raise ConfigError(f"{path}: metrics.listen: {host} is not a loopback address")
+    control = settings.control
+    if control and len({part is None for part in (control.certificate, control.key, control.client_ca)}) > 1:
+        raise ConfigError(
+            f"{path}: control: name certificate, key and client_ca, or none of them: then they come by enrolment"
+        )
     if settings.policy.require_signature and not settings.policy.trusted_keys:
         raise ConfigError(
             f"{path}: policy.trusted_keys: name a key, or set policy.require_signature to false and rely on measurement"
@@ -328,7 +337,9 @@ def _absolute(settings: Settings, base: Path) -> Settings:
     return msgspec.structs.replace(settings, **changes)
 
 
-def _against(base: Path, value: str | list[str]) -> str | list[str]:
+def _against(base: Path, value: str | list[str] | None) -> str | list[str] | None:
+    if value is None:
+        return None
     return [str(base / item) for item in value] if isinstance(value, list) else str(base / value)
 
 

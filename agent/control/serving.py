@@ -50,6 +50,10 @@ class Surface:
         self._listener.setblocking(False)
         self._resume()
 
+    def use(self, context: ssl.SSLContext) -> None:
+        """Greet whoever comes from now on with another certificate."""
+        self._context = context
+
     def stop(self) -> None:
         """Accept no more."""
         self._stopped = True

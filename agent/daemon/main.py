@@ -36,8 +36,10 @@ from agent.config import Environment, Settings
 from agent.control.health import Health, Metrics, health_application
 from agent.control.keylime import keylime_application
 from agent.control.serving import Surface
-from agent.control.surface import admin_application, evidence_application
+from agent.control.surface import admin_application
+from agent.daemon.control import ControlListener
 from agent.daemon.keylime import KeylimeMode, prepare_keylime
+from agent.daemon.membership import Membership
 from agent.daemon.node import Node
 from agent.daemon.provision import (
     Listeners,
@@ -51,6 +53,7 @@ from agent.daemon.provision import (
 from agent.errors import AuditError, EdgeWardenError, HostError, VerificationError
 from agent.flows.attestation import AttestationFlow
 from agent.flows.dataplane import Dataplane
+from agent.flows.enrolled import EnrolmentStore
 from agent.flows.models import ModelKeeper
 from agent.flows.policies import PolicyKeeper
 from agent.host.notify import Notifier
@@ -162,9 +165,14 @@ class _Agent:
 
     def _run(self, work: Coroutine[Any, Any, object]) -> None:
         """Run work until the end of the process: its failure is the process's."""
+        _ = self._task(work)
+
+    def _task(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[object]:
+        """Run work, which may be cancelled earlier than the process ends, as :meth:`_run` does."""
         task = self._tasks.create_task(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
+        return task
 
     async def _build(self, stack: contextlib.AsyncExitStack, audit: AuditLog) -> Node:
         """Open everything that needs no other; what was opened is closed in the reverse order."""
@@ -174,7 +182,6 @@ class _Agent:
         self._keylime = prepare_keylime(settings.attest.keylime, self._state)
         health = Health()
         health.report("live", holds=True, why="the control plane runs")
-        health.report("connected", holds=False, why="no controller is configured")
         timeout_s = settings.tpm.timeout_ms / 1000
         tpm = TpmThread(
             settings.tpm.tcti, call_timeout_s=timeout_s, connect_timeout_s=TPM_COMMANDS_TO_CONNECT * timeout_s
@@ -198,7 +205,7 @@ class _Agent:
         client = PolicyClient(lambda worker: workers.overrun(worker), deadline_s=deadline_s, total_deadline_s=total_s)  # noqa: PLW0108 -- bound later
         stack.callback(client.close)
         workers = pool.subscribe(client.attach)
-        metrics = Metrics(health, lambda: {"audit_records": audit.head().size})
+        metrics = Metrics(health, lambda: {"audit_records": audit.head().size, **node.gauges()})
         node = Node(settings.node.id, audit, health, metrics, client, pool)
         node.dataplane = Dataplane(self._zygote, material.gateway, node)
         node.models = ModelKeeper(
@@ -219,6 +226,8 @@ class _Agent:
             dataplane=node.dataplane,
             hooks=node,
         )
+        store = EnrolmentStore(self._state / "controller")
+        node.membership = Membership(settings.node.id, store, tpm, settings.control, node)
         health.detail("inference_certificate_until", material.inference_until)
         node.attestation = AttestationFlow(
             node=settings.node.id,
@@ -246,6 +255,8 @@ class _Agent:
 
     async def _bring_up(self, node: Node, stack: contextlib.AsyncExitStack) -> None:
         settings = self._settings
+        await node.membership.restore()
+        node.report_trust()
         await node.record(AuditEvent(kind="node.start", time_us=clock.now_us(), outcome="ok", principal="edgewarden"))
         # The operator can ask for the reason while the rest is still on its way.
         await self._serve(stack, health_application(node.health, node.metrics), self._listeners.health_unix)
@@ -257,13 +268,12 @@ class _Agent:
         make_directory("models.store", store)
         # Before the packages are read, so that no change is missed in between.
         watcher = StoreWatcher(store, lambda name, version: self._look_again(node, name, version))
+        node.models_changed.clear()
         await node.models.scan()
         self._run(node.dataplane.run())
         await node.dataplane.wait_ready()
         await self._serve(stack, admin_application(node), self._listeners.admin_unix)
-        if self._control and self._listeners.control:
-            context, spki = self._control
-            await self._serve(stack, evidence_application(node, spki), self._listeners.control, context)
+        await self._serve_controller(node, stack)
         if self._keylime and node.keylime and self._listeners.keylime:
             keylime = keylime_application(node.keylime)
             await self._serve(stack, keylime, self._listeners.keylime, self._keylime.context)
@@ -276,6 +286,25 @@ class _Agent:
         self._notifier.ready()
         self._notifier.status(f"serving on {host}:{port}")
         _log.info("serving", address=host, port=port, models=len(node.dataplane.models))
+
+    async def _serve_controller(self, node: Node, stack: contextlib.AsyncExitStack) -> None:
+        listener = ControlListener(self._listeners.control, node) if self._listeners.control else None
+        stack.push_async_callback(node.membership.stop)
+        if listener and self._control:
+            stack.push_async_callback(listener.stop)
+            await listener.serve_configured(*self._control)
+            listener = None
+        await node.membership.start(listener, self._task)
+        self._run(self._follow_trust(node))
+
+    async def _follow_trust(self, node: Node) -> None:
+        """Look at the models again when the controller's opinion changes what may be loaded."""
+        while True:
+            await node.models_changed.wait()
+            node.models_changed.clear()
+            if not await _logged(node.models.scan()):
+                node.models_changed.set()
+                await asyncio.sleep(MODEL_RETRY_S)
 
     async def _serve(
         self,
@@ -322,6 +351,7 @@ class _Agent:
         while True:
             self._notifier.watchdog()
             node.report_log()
+            node.report_trust()
             loops = [
                 name
                 for name, holds in (("gateway", node.dataplane.crash_loop), ("policy", node.pool.crash_loop))

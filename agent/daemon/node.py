@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,14 @@ import msgspec
 import structlog
 
 from agent import clock, messages
+from agent.attest.evidence import Evidence
 from agent.audit.log import AuditLog
 from agent.control.health import Health, Metrics
+from agent.daemon.membership import Membership
 from agent.errors import HostError, PeerError, VerificationError
 from agent.flows.attestation import AttestationFlow
 from agent.flows.dataplane import Dataplane
+from agent.flows.enrolment import EnrolOrder
 from agent.flows.keylime import KeylimeFlow
 from agent.flows.models import ModelKeeper
 from agent.flows.policies import PolicyKeeper
@@ -53,6 +56,8 @@ class Node:
     models: ModelKeeper = field(init=False)
     policies: PolicyKeeper = field(init=False)
     attestation: AttestationFlow = field(init=False)
+    membership: Membership = field(init=False)
+    models_changed: asyncio.Event = field(default_factory=asyncio.Event)
     keylime: KeylimeFlow | None = field(default=None, init=False)
 
     # --- what the flows ask for
@@ -80,6 +85,36 @@ class Node:
         """Digest of the policy in force."""
         active = self.pool.active
         return active.sha256 if active else ""
+
+    def bars(self, digests: Iterable[str]) -> str:
+        """Return why the controller keeps model files with these digests out; nothing where it does not."""
+        return self.membership.trust.bars(digests)
+
+    @property
+    def trust(self) -> str:
+        """The tier of the last Attestation Result."""
+        return self.facts.trust
+
+    def trust_changed(self, *, models: bool) -> None:
+        """Tell policy and gateways what the controller thinks of the node; with ``models`` they are looked at again."""
+        self.report_trust()
+        if models:
+            self.models_changed.set()
+
+    def report_trust(self) -> None:
+        """Report the fact ``connected``, and tell policy and gateways the age of the last result."""
+        facts = self.membership.trust.facts()
+        if facts != self.facts:
+            self.facts = facts
+            self.dataplane.set_facts(facts)
+        holds, why = self.membership.trust.connected()
+        if self.health.report("connected", holds=holds, why=why):
+            _log.log(logging.INFO if holds else logging.WARNING, "connected" if holds else "disconnected", why=why)
+
+    def gauges(self) -> dict[str, int]:
+        """Return what is known of the controller's opinion, for the metrics."""
+        age_s = self.membership.trust.age_s()
+        return {} if age_s is None else {"attestation_result_age_seconds": age_s}
 
     async def authorize(self, action: str, resource: dict[str, Any]) -> PolicyAnswer:
         """Ask the policy as the node itself."""
@@ -142,8 +177,14 @@ class Node:
 
     async def evidence(self, nonce: bytes, from_index: int, peer_spki_sha256: str | None) -> bytes:
         """Return Evidence as JSON; there is none while the log and the TPM differ."""
+        evidence = await self.collect(nonce, from_index, peer_spki_sha256)
+        self.membership.answered(nonce, peer_spki_sha256)
+        return evidence.encode()
+
+    async def collect(self, nonce: bytes, from_index: int, control_spki_sha256: str | None) -> Evidence:
+        """Return Evidence; there is none while the log and the TPM differ."""
         await self.check_attested()
-        return await self.attestation.evidence(nonce, from_index, peer_spki_sha256)
+        return await self.attestation.evidence(nonce, from_index, control_spki_sha256)
 
     async def check_attested(self) -> None:
         """Keep the fact ``attested``: the TPM answers and holds what the log says.
@@ -178,7 +219,24 @@ class Node:
             "audit": {"size": head.size, "root": head.root.hex()},
             "measurements": settled.count if settled else None,
             "gateway_pid": self.dataplane.pid,
+            "controller": self.membership.status(),
         }
+
+    def enrolment(self) -> dict[str, JsonValue]:
+        """Return where the node is enrolled, and what its controller thinks of it."""
+        return self.membership.status()
+
+    async def enrol(self, order: EnrolOrder, principal: Principal) -> dict[str, JsonValue]:
+        """Enrol the node."""
+        return await self.membership.enrol(order, principal)
+
+    async def leave(self, principal: Principal) -> dict[str, JsonValue]:
+        """Forget the enrolment."""
+        return await self.membership.leave(principal)
+
+    async def take_result(self, jwt: str) -> None:
+        """Take an Attestation Result."""
+        await self.membership.take_result(jwt)
 
     async def activate_policy(self, bundle: bytes, principal: Principal) -> dict[str, JsonValue]:
         """Take a bundle through its steps."""

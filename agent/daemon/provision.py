@@ -213,7 +213,7 @@ class Material:
         sealed: what ``gateway`` refers to; stays open as long as gateways are started.
         inference_spki_sha256: digest of the inference certificate's key.
         inference_until: when that certificate ends.
-        control: TLS of the control listener and the digest of its key, where there is one.
+        control: TLS of the control listener and the digest of its key, where the configuration names them.
     """
 
     policy_keys: tuple[bytes, ...]
@@ -247,7 +247,9 @@ def read_material(settings: Settings, listener: socket.socket) -> Material:
     return Material(tuple(keys), trust, spec, tuple(sealed), spki, until, control)
 
 
-def _control_tls(control: ControlSettings) -> tuple[ssl.SSLContext, str]:
+def _control_tls(control: ControlSettings) -> tuple[ssl.SSLContext, str] | None:
+    if control.certificate is None or control.key is None or control.client_ca is None:
+        return None  # all of them: the configuration was checked
     certificate = read_pem("control.certificate", control.certificate)
     key = read_pem("control.key", control.key, secret=True)
     context = server_context("control", certificate, key, read_pem("control.client_ca", control.client_ca))

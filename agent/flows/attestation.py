@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from agent.attest.collect import NodeFacts, collect_evidence
-from agent.attest.evidence import AuditHead
+from agent.attest.evidence import AuditHead, Evidence
 from agent.attest.log import MeasurementLog
 from agent.attest.tpm_thread import TpmThread
 from agent.audit.log import AuditLog
@@ -31,13 +31,13 @@ class AttestationFlow:
     inference_spki_sha256: str
     posture_source: Callable[[], dict[str, str | int | bool]]
 
-    async def evidence(self, nonce: bytes, from_index: int, control_spki_sha256: str | None) -> bytes:
-        """Return Evidence, encoded.
+    async def evidence(self, nonce: bytes, from_index: int, control_spki_sha256: str | None) -> Evidence:
+        """Return Evidence.
 
         Args:
             nonce: 32 bytes of the Verifier.
             from_index: first wanted entry of the log.
-            control_spki_sha256: key of the listener that the Verifier reached; None on the Unix socket.
+            control_spki_sha256: the node's control key, where Evidence goes to a controller; None on the Unix socket.
 
         Raises:
             PeerError: the nonce or the index is no such thing.
@@ -45,10 +45,9 @@ class AttestationFlow:
         """
         # Processes are counted outside the lock: that reads a file for each of them.
         facts = await asyncio.to_thread(self.posture_source)
-        evidence = await collect_evidence(
+        return await collect_evidence(
             self.tpm, self.log, nonce, from_index, lambda: self._facts(facts, control_spki_sha256)
         )
-        return evidence.encode()
 
     def _facts(self, facts: dict[str, str | int | bool], control_spki_sha256: str | None) -> NodeFacts:
         head = self.audit.head()

@@ -4,13 +4,14 @@ The steps, in this order, for each package at boot and whenever its files change
 
 1. read: every file once, into sealed memory; digests are taken over that memory.
 2. verify: the signature lists exactly these files with these digests, by a trusted signer; the manifest names this very package.
+   Then the controller: nothing is loaded on a node that it calls contraindicated, nor a file that it has withdrawn.
 3. inspect: a sandboxed process checks the graph and makes a trial run.
 4. measure: each file that is to be handed over is in the log and in the PCR.
 5. authorize: the policy allows ``load``; where it denies, the log says that the package is out of force again.
 6. record: the audit log holds it.
 7. hand over: the gateway makes its session from the same sealed memory.
 
-A new policy is asked again about every package in force. A package that fails at any step is not loaded. A file whose digest is not the signed
+A new policy is asked again about every package in force, and so is the policy when the node's trust changes. A package that fails at any step is not loaded. A file whose digest is not the signed
 one is measured as refused; what no trusted signer has signed has no right digest to differ from, and is in the audit log alone. A package that
 was in force and no longer verifies is taken from the gateway first and measured as unloaded; so is one that only the log of an earlier agent
 still calls in force. A package whose steps the node itself could not complete (a TPM that hangs, a full disk) stays unsettled and is looked at
@@ -22,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,6 +55,13 @@ class ModelHooks(Protocol):
     def policy_sha256(self) -> str:
         """Digest of the policy in force."""
 
+    @property
+    def trust(self) -> str:
+        """What the policy is told of the node's trust."""
+
+    def bars(self, digests: Iterable[str]) -> str:
+        """Return why files with these digests must not be loaded, whatever the policy says; nothing where they may."""
+
     async def authorize(self, action: str, resource: dict[str, Any]) -> PolicyAnswer:
         """Ask the policy as the node itself."""
 
@@ -65,7 +73,7 @@ class ModelHooks(Protocol):
 class _InForce:
     digest: str
     signer: str
-    policy_sha256: str
+    asked: tuple[str, str]  # the policy that allowed it, and the trust that it was told
 
 
 class ModelKeeper:
@@ -212,9 +220,14 @@ class ModelKeeper:
         key = (name, version)
         # 2. verify
         signer, manifest = await asyncio.to_thread(self._verify, name, version, package)
+        barred = self._hooks.bars(package.digests().values())
+        if barred:
+            await self._barred(name, version, package, barred)
+            return False
+        asked = (self._hooks.policy_sha256, self._hooks.trust)
         force = self._in_force.get(key)
         same = force is not None and force.digest == package.sha256 and force.signer == signer.sha256_of_spki
-        if same and force is not None and force.policy_sha256 == self._hooks.policy_sha256:
+        if same and force is not None and force.asked == asked:
             self._refused.pop(key, None)
             return False
         handed: list[str] = []
@@ -241,12 +254,12 @@ class ModelKeeper:
             await self._denied(name, version, package, answer)
             return False
         if same and force is not None:
-            self._in_force[key] = dataclasses.replace(force, policy_sha256=answer.policy_sha256)
+            self._in_force[key] = dataclasses.replace(force, asked=(answer.policy_sha256, asked[1]))
             return False
         # 6. record
         await self._record("model.load", "ok", name, version, package.sha256, answer=answer)
         # 7. hand over
-        self._in_force[key] = _InForce(package.sha256, signer.sha256_of_spki, answer.policy_sha256)
+        self._in_force[key] = _InForce(package.sha256, signer.sha256_of_spki, (answer.policy_sha256, asked[1]))
         self._refused.pop(key, None)
         served = ServedModel(
             name, version, package.sha256, signer.sha256_of_spki, {path: package.file(path) for path in handed}
@@ -295,6 +308,15 @@ class ModelKeeper:
         await self._out_of_force(name, version, f"denied by policy: {reasons}")
         _log.warning("model_denied", model=name, version=version, reasons=reasons)
         await self._record("model.load", "denied", name, version, package.sha256, answer=answer)
+
+    async def _barred(self, name: str, version: str, package: Package, reason: str) -> None:
+        """Keep a package out that the controller does not let in."""
+        known = self._refused.get((name, version)) == reason
+        await self._out_of_force(name, version, reason)
+        self._refused[name, version] = reason
+        if not known:  # it is looked at with every change of trust
+            _log.warning("model_barred", model=name, version=version, reason=reason)
+            await self._record("model.load", "refused", name, version, package.sha256, error=reason)
 
     async def _gone(self, name: str, version: str) -> None:
         self._refused.pop((name, version), None)

@@ -15,6 +15,8 @@ __all__ = [
     "Admin",
     "AdminCertificate",
     "AdminRequest",
+    "HookGrant",
+    "HookRequest",
     "Page",
     "Result",
     "ShownNode",
@@ -60,6 +62,20 @@ class AdminRequest(Request, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     role: Role
     csr: Annotated[bytes, msgspec.Meta(max_length=4096)]
     valid_s: Annotated[int, msgspec.Meta(ge=3600, le=3 * 366 * 86_400)] = 90 * 86_400
+
+
+class HookRequest(Request, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A webhook to be made; ``*`` stands for all kinds of events."""
+
+    url: Annotated[str, msgspec.Meta(max_length=2048)]
+    kinds: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=32)], ...], msgspec.Meta(max_length=32)] = ("*",)
+
+
+class HookGrant(msgspec.Struct, frozen=True):
+    """A webhook; its secret is shown this once."""
+
+    id: str
+    secret: str
 
 
 class AdminCertificate(msgspec.Struct, frozen=True):

@@ -32,6 +32,7 @@ __all__ = ["BODY_TIMEOUT_S", "Call", "Route", "Surface"]
 BODY_TIMEOUT_S = 30.0
 MAX_BODY_BYTES = 1 << 20  # where a route says nothing
 _READ_BYTES = 256 * 1024
+_NODE = web.RequestKey("node", str)
 _log = structlog.get_logger(__name__)
 
 TokenReader: TypeAlias = Callable[[str], Awaitable[Principal]]
@@ -159,7 +160,7 @@ class Surface:
             kind=route.kind or route.action or "",
             principal=who,
             outcome="denied" if isinstance(error, PeerError) and error.status in {401, 403} else "refused",
-            node=str(request.match_info.get("node") or request.get("node", "")),
+            node=str(request.match_info.get("node") or request.get(_NODE, "")),
             check=check,
             words=str(error),
         )
@@ -190,7 +191,7 @@ async def _body(request: web.Request, route: Route) -> Any:  # noqa: ANN401 -- o
         body = msgspec.json.decode(b"".join(parts), type=route.body)
     except ValueError as error:
         raise PeerError(400, "encoding", f"the body is not what this call takes: {error}") from error
-    request["node"] = getattr(body, "node", "")
+    request[_NODE] = str(getattr(body, "node", None) or "")
     return body
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import structlog
@@ -44,17 +46,18 @@ def run(*, config: Path, schema: bool, check: bool) -> None:
         return
     structlog.configure(
         processors=[
+            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.JSONRenderer(sort_keys=True),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.log_level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(click.get_text_stream("stderr")),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    from controller.service import run as serve  # noqa: PLC0415 -- the other verbs need no server
+    from controller import service  # noqa: PLC0415 -- the other verbs need no server
 
-    serve(settings)
+    service.run(settings)
 
 
 @command.command()
@@ -63,9 +66,19 @@ def run(*, config: Path, schema: bool, check: bool) -> None:
 @click.option("--listen", default="127.0.0.1:8445", show_default=True, help="ADDRESS:PORT to listen on.")
 @click.option("--name", "names", multiple=True, help="More DNS names or addresses for the certificate; repeatable.")
 @click.option("--trust-domain", default="edgewarden.internal", show_default=True, help="Of the SPIFFE IDs.")
+@click.option("--database", help="postgresql+asyncpg://USER@HOST/NAME for several replicas; default: an SQLite file.")
 @click.option("--admin", "admin", default="root", show_default=True, help="Name of the first admin, an approver.")
-def init(*, directory: Path, url: str, listen: str, names: tuple[str, ...], trust_domain: str, admin: str) -> None:
-    """Make DIRECTORY: settings, keys, an SQLite database, and the first admin's access in DIRECTORY/admin."""
+def init(
+    *,
+    directory: Path,
+    url: str,
+    listen: str,
+    names: tuple[str, ...],
+    trust_domain: str,
+    database: str | None,
+    admin: str,
+) -> None:
+    """Make DIRECTORY: settings, keys, the database's tables, and the first admin's access in DIRECTORY/admin."""
     from urllib.parse import urlsplit  # noqa: PLC0415 -- as below
 
     from controller.trust.authority import Authority  # noqa: PLC0415 -- only this verb makes keys
@@ -77,7 +90,9 @@ def init(*, directory: Path, url: str, listen: str, names: tuple[str, ...], trus
     if path.exists():
         raise ConfigError(f"{path}: there is a controller already")
     authority = Authority.create(directory / "keys", trust_domain, [host, *names])
-    document = {"listen": listen, "url": url, "trust_domain": trust_domain, "keys": "keys"}
+    document: dict[str, Any] = {"listen": listen, "url": url, "trust_domain": trust_domain, "keys": "keys"}
+    if database:
+        document["database"] = {"url": database}
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     key = ec.generate_private_key(ec.SECP256R1())
     issued = authority.issue(f"admin/{admin}", admin, key.public_key(), FIRST_ADMIN_S)

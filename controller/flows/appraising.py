@@ -15,10 +15,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent import clock
 from agent.attest.appraisal import Appraisal, Expectation, appraise
-from agent.attest.reference import BootRule, Measurement, PolicyReference, ReferenceValues
+from agent.attest.reference import Measurement, PolicyReference, ReferenceValues, pinned
 from agent.attest.result import AttestationResult, CheckResult
 from controller import __version__
-from controller.store import audit, fleet, references
+from controller.store import audit, fleet, outbox, references
 from controller.store.fleet import Appraised, NodeRecord
 from controller.trust.authority import Authority
 
@@ -47,10 +47,16 @@ class Finding:
 
 
 class Appraiser:
-    """Holds Reference Values, which never change once they have a version, and the key that signs."""
+    """Holds Reference Values, which never change once they have a version, and the key that signs.
 
-    def __init__(self, authority: Authority) -> None:
+    Args:
+        authority: the controller's keys.
+        nats: whether events go to NATS.
+    """
+
+    def __init__(self, authority: Authority, *, nats: bool = False) -> None:
         self._authority = authority
+        self._nats = nats
         self._versions: dict[tuple[str, int], ReferenceValues] = {}
 
     async def reference(self, connection: AsyncConnection, node: NodeRecord) -> ReferenceValues:
@@ -64,7 +70,7 @@ class Appraiser:
             if len(self._versions) >= MAX_CACHED_VERSIONS:
                 self._versions.clear()
             self._versions[key] = await references.get(connection, *key)
-        return _pinned(self._versions[key], node.boot_pcrs)
+        return pinned(self._versions[key], node.boot_pcrs)
 
     def appraise(
         self,
@@ -85,7 +91,7 @@ class Appraiser:
         appraisal = appraise(evidence, expect)
         now_us = clock.now_us()
         checks = tuple(
-            CheckResult(check.name, check.outcome, check.words)
+            CheckResult(check.name, check.outcome, check.words, check.entries)
             for check in appraisal.checks
             if check.outcome in {"failed", "warning", "retry"}
         )
@@ -135,6 +141,23 @@ class Appraiser:
                     detail={"status": found.status, "before": found.before.status or "none", "version": found.version},
                 ),
             )
+            news = {
+                "status": found.status,
+                "before": found.before.status or "none",
+                "checks": msgspec.json.decode(found.checks),
+            }
+            await outbox.emit(connection, "node.result", found.before.id, news, found.at_us, nats=self._nats)
+
+    async def keep_silence(self, connection: AsyncConnection, node: NodeRecord, words: str) -> None:
+        """Write that a node did not answer; the first time it is news."""
+        if not await fleet.silent(connection, node.id, words):
+            return
+        entry = audit.AuditEntry(
+            kind="node.unreachable", principal="controller", outcome="failed", node=node.id, words=words
+        )
+        await audit.append(connection, entry)
+        news = {"error": words}
+        await outbox.emit(connection, "node.unreachable", node.id, news, clock.now_us(), nats=self._nats)
 
     def sign(self, finding: Finding) -> str:
         """Return the result as a JWT; only for what was kept."""
@@ -155,16 +178,6 @@ class Appraiser:
             withdrawn=_withdrawn(reference),
         )
         return result.sign(self._authority.result_key, self._authority.result_kid)
-
-
-def _pinned(reference: ReferenceValues, boot_pcrs: dict[int, str]) -> ReferenceValues:
-    """Add the values of enrolment where the rule is ``pinned``."""
-    own = {
-        index: BootRule("pinned", rule.values | {boot_pcrs[index]})
-        for index, rule in reference.boot.items()
-        if rule.mode == "pinned" and index in boot_pcrs
-    }
-    return msgspec.structs.replace(reference, boot=reference.boot | own) if own else reference
 
 
 def _withdrawn(reference: ReferenceValues) -> frozenset[str]:

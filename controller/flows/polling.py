@@ -24,7 +24,7 @@ from agent.attest.evidence import MAX_EVIDENCE_BYTES, NONCE_BYTES
 from agent.errors import EdgeWardenError, PeerError
 from controller.flows.appraising import Appraiser, Finding
 from controller.settings import PollSettings
-from controller.store import audit, fleet
+from controller.store import fleet
 from controller.store.database import Database, StoreError
 from controller.store.fleet import NodeRecord
 from controller.trust.authority import Authority
@@ -197,17 +197,7 @@ class Poller:
     async def _note_silence(self, node: NodeRecord, words: str) -> None:
         self.counts.unreachable += 1
         async with self._database.begin() as connection:
-            if await fleet.silent(connection, node.id, words):
-                await audit.append(
-                    connection,
-                    audit.AuditEntry(
-                        kind="node.unreachable",
-                        principal="controller",
-                        outcome="failed",
-                        node=node.id,
-                        words=words,
-                    ),
-                )
+            await self._appraiser.keep_silence(connection, node, words)
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:

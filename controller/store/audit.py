@@ -58,7 +58,9 @@ async def append(connection: AsyncConnection, entry: AuditEntry) -> None:
     row = (await connection.execute(select(audit_head).with_for_update())).one()
     plain: dict[str, Any] = msgspec.to_builtins(entry)
     words = {"words": entry.words[:MAX_WORDS_CHARS]} if entry.words else {}
-    record = canonical({**plain, **words, "sequence": row.size, "time": clock.rfc3339(clock.now_us())})
+    record = canonical(
+        {**plain, **words, "outcome": entry.outcome, "sequence": row.size, "time": clock.rfc3339(clock.now_us())}
+    )
     tree = Frontier(row.size, _split(row.peaks))
     tree.append(leaf_hash(record))
     await connection.execute(audit.insert().values(sequence=row.size, record=record))

@@ -182,6 +182,7 @@ def start_node(
     *,
     prepare: Callable[[DemoNode], None] | None = None,
     models: tuple[str, ...] | None = None,
+    manufactured: bool = False,
 ) -> Iterator[DemoNode]:
     """Start a node of its own below ``root`` and stop it at the end.
 
@@ -191,9 +192,10 @@ def start_node(
         overrides: sections of the configuration.
         prepare: changes what was copied, before the start.
         models: which packages the store holds; None for all.
+        manufactured: whether its TPM has endorsement certificates; their CA then lies in ``root / "vendor"``.
     """
     shutil.copytree(home, root)
-    tpm = SoftwareTpm(root / "tpm")
+    tpm = SoftwareTpm(root / "tpm", vendor=root / "vendor" if manufactured else None)
     tpm.start()
     chosen = dict(overrides or {})
     node = DemoNode(root, tpm.tcti, {**chosen, "policy": {**_ROOMY, **chosen.get("policy", {})}})

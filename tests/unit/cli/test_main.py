@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from agent import __version__
+from agent.cli import plugins
 from agent.cli import run as run_cli
 from agent.config import load
 from agent.errors import AuditError, ConfigError, HostError, PolicyError, VerificationError
@@ -127,7 +128,7 @@ def test_a_plug_in_joins_by_its_entry_point(monkeypatch):
         assert group == "edgewarden.commands"
         return [point for key, point in points.items() if name in {None, key}]
 
-    monkeypatch.setattr(cli, "entry_points", entry_points)
+    monkeypatch.setattr(plugins, "entry_points", entry_points)
     monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
     run = CliRunner().invoke
     assert "fleet" in cli._edgewarden.list_commands(click.Context(cli._edgewarden))

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from agent.control import surface
 from agent.errors import AuditError, ConfigError, EdgeWardenError, PeerError, PolicyError, TpmError, VerificationError
+from agent.flows.enrolment import EnrolOrder
 from agent.records import JsonValue, Principal
 
 NONCE = "0" * 63 + "a"
@@ -52,6 +53,22 @@ class Control:
         self.asked.append(("activate", principal.id))
         self.bundle = bundle
         return {"revision": "r2"}
+
+    def enrolment(self) -> dict[str, JsonValue]:
+        return {"enrolled": False}
+
+    async def enrol(self, order: EnrolOrder, principal: Principal) -> dict[str, JsonValue]:
+        self.asked.append(("enrol", order.token, str(order.mode), str(order.address), principal.id))
+        return {"enrolled": True}
+
+    async def leave(self, principal: Principal) -> dict[str, JsonValue]:
+        self.asked.append(("leave", principal.id))
+        return {"enrolled": False}
+
+    async def take_result(self, jwt: str) -> None:
+        self.asked.append(("result", jwt))
+        if self.failure:
+            raise self.failure
 
     async def rescan_models(self, principal: Principal) -> dict[str, JsonValue]:
         self.asked.append(("rescan", principal.id))
