@@ -89,7 +89,10 @@ class OidcSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 class NatsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Events to NATS JetStream."""
 
-    url: Annotated[str, Meta(description="nats://HOST:PORT, or tls://HOST:PORT.")]
+    url: Annotated[
+        str,
+        Meta(description="nats://HOST:PORT, or tls://HOST:PORT; no user in it.", pattern=r"^(nats|tls)://[^@]{1,255}$"),
+    ]
     stream: Annotated[str, Meta(pattern=r"^[A-Z0-9_-]{1,64}$", description="Stream; made if it is not there.")] = (
         "EDGEWARDEN"
     )
@@ -114,7 +117,6 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     poll: PollSettings = PollSettings()
     oidc: OidcSettings | None = None
     nats: NatsSettings | None = None
-    metrics: Annotated[str | None, Meta(description="Loopback ADDRESS:PORT for health and metrics.")] = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 

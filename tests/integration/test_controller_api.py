@@ -301,6 +301,7 @@ def test_settings_are_checked(config, tmp_path):
     for text, words in (
         ("listen: [", "controller.yaml"),
         ("more: 1", "unknown field"),
+        ("nats: {url: 'tls://me:secret@nats.example:4222'}", "nats"),
         ("# " + "x" * 300_000, "larger"),
     ):
         config.write_text(text)
