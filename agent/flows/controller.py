@@ -216,5 +216,5 @@ def _refusal(body: bytes) -> str:
 
 
 def _words(error: Exception) -> str:
-    reason = error.reason if isinstance(error, ssl.SSLError) else None
-    return reason.lower().replace("_", " ") if reason else str(error) or type(error).__name__
+    reason = getattr(error, "reason", None)  # of an SSLError; aiohttp's own errors of TLS are such, and have none
+    return reason.lower().replace("_", " ") if isinstance(reason, str) else str(error) or type(error).__name__

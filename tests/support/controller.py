@@ -70,6 +70,22 @@ def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
+def private_key(data: bytes) -> ec.EllipticCurvePrivateKey:
+    key = serialization.load_pem_private_key(data, None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key
+
+
+def jwks(key: ec.EllipticCurvePrivateKey) -> str:
+    """Return the JWKS that holds this key's public part as ``k1``."""
+    numbers = key.public_key().public_numbers()
+    coordinates = {
+        name: base64.urlsafe_b64encode(value.to_bytes(32)).rstrip(b"=").decode()
+        for name, value in (("x", numbers.x), ("y", numbers.y))
+    }
+    return json.dumps({"keys": [{"kty": "EC", "crv": "P-256", "kid": "k1", "use": "sig", **coordinates}]})
+
+
 class Ca:
     """Issues what the controller and its nodes show."""
 
@@ -214,14 +230,6 @@ class FakeController:
         self._secrets[token.id] = secret
         return token.text()
 
-    def jwks(self) -> str:
-        numbers = self.signing_key.public_key().public_numbers()
-        coordinates = {
-            name: base64.urlsafe_b64encode(value.to_bytes(32)).rstrip(b"=").decode()
-            for name, value in (("x", numbers.x), ("y", numbers.y))
-        }
-        return json.dumps({"keys": [{"kty": "EC", "crv": "P-256", "kid": "k1", "use": "sig", **coordinates}]})
-
     # --- what it answers
 
     async def _answer(self, request: web.Request) -> web.Response:
@@ -278,7 +286,7 @@ class FakeController:
             node=member.request.node,
             certificate=self._certify(proof.csr),
             ca=pem(self.ca.root),
-            jwks=self.jwks(),
+            jwks=jwks(self.signing_key),
             trust_domain=TRUST_DOMAIN,
             interval_s=self.interval_s,
             result=self.result(member.nonce),
@@ -398,4 +406,4 @@ def TPMT_PUBLIC_key(public: bytes) -> Any:  # noqa: N802 -- named as what it rea
     return serialization.load_der_public_key(area.to_der())
 
 
-__all__ = ["TRUST_DOMAIN", "Ca", "FakeController", "Member", "key_pem", "pem", "spki"]
+__all__ = ["TRUST_DOMAIN", "Ca", "FakeController", "Member", "jwks", "key_pem", "pem", "private_key", "spki"]
