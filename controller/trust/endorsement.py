@@ -152,7 +152,7 @@ def verify_endorsement(
     Raises:
         VerificationError: ``ek-certificate``, ``ek-chain``, ``ek-template``, ``ek-key``.
     """
-    # 1. To a certificate that the operator trusts.
+    # 1. and 2. To a certificate that the operator trusts, by one that is for endorsement.
     try:
         leaf = x509.load_der_x509_certificate(certificate)
         between = [x509.load_der_x509_certificate(one) for one in chain]
