@@ -28,6 +28,7 @@ from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.attest.log_state import LogState
 from agent.attest.measurement import (
     ALLOWED_PCRS,
     MAX_ENTRY_BYTES,
@@ -35,7 +36,6 @@ from agent.attest.measurement import (
     MAX_LOG_ENTRIES,
     ZERO_PCR,
     Entry,
-    LogState,
     boot_aggregate,
     read_entry,
     replay,

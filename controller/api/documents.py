@@ -9,7 +9,7 @@ import msgspec
 from agent import clock
 from agent.attest.enrolment import NodeId
 from agent.attest.result import CheckResult
-from controller.store.fleet import Appraised
+from controller.store.results import Appraised
 
 __all__ = [
     "Admin",

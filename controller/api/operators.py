@@ -36,7 +36,7 @@ from controller.flows.appraising import Appraiser
 from controller.flows.approving import Approval, Change, Withdrawal, approve, withdraw
 from controller.flows.polling import Poller, UnreachableError
 from controller.settings import Settings
-from controller.store import admins, audit, fleet, joining, outbox, references
+from controller.store import admins, audit, fleet, joining, outbox, references, results
 from controller.store.database import Database
 from controller.store.joining import Token
 from controller.trust.authority import Authority, request_key
@@ -106,7 +106,9 @@ class Operators:
     async def history(self, call: Call) -> list[Result]:
         """Return a node's results, the newest first."""
         async with self.database.begin() as connection:
-            rows = await fleet.history(connection, call.request.match_info["node"], call.number("limit", 100, MAX_PAGE))
+            rows = await results.history(
+                connection, call.request.match_info["node"], call.number("limit", 100, MAX_PAGE)
+            )
         return [
             Result(
                 row["status"], time_of(row["first_us"]), msgspec.json.decode(row["checks"], type=Any), row["version"]
@@ -120,8 +122,7 @@ class Operators:
             row = await fleet.row(connection, call.request.match_info["node"])
             if row["status"] is None:
                 raise PeerError(404, "no_result", "it has not been appraised yet")
-            node = await fleet.find(connection, row["id"])
-            reference = await self.appraiser.reference(connection, node)
+        reference = await self.appraiser.reference(self.database.begin, row["group_name"], row["version"])
         return {"result": self.appraiser.sign_kept(row, reference)}
 
     async def poll(self, call: Call) -> Result:

@@ -22,7 +22,7 @@ from agent.attest.evidence import HexDigest
 from agent.attest.measurement import ALLOWED_PCRS, ZERO_PCR
 from agent.attest.reference import BootRule, Measurement, PolicyReference, ReferenceValues
 from agent.errors import PeerError
-from controller.store import audit, fleet, references
+from controller.store import audit, references, schedule
 from controller.store.database import Database
 
 __all__ = ["Approval", "Change", "Withdrawal", "approve", "withdraw"]
@@ -110,7 +110,7 @@ async def _change(database: Database, group: str, edit: _Edit, request: _Request
             kind=request.kind, principal=request.by, words=change, detail={"group": group, "version": number}
         )
         await audit.append(connection, entry)
-        await fleet.hurry(connection, group, now_us)
+        await schedule.hurry(connection, group, now_us)
     return Change(group, number, change)
 
 

@@ -117,6 +117,7 @@ states = Table(
     Column("clock", BigInteger),
     Column("reset_count", BigInteger),
     Column("restart_count", BigInteger),
+    Column("judgement", Text),  # of that log, with the Reference Values that it was made with
 )
 
 logs = Table("logs", metadata, _node(), Column("state", LargeBinary, nullable=False))

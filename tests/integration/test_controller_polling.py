@@ -1,6 +1,8 @@
 """Polling: what the controller finds, tells and keeps, and what a hostile or absent node can't do."""
 
+import asyncio
 import contextlib
+import dataclasses
 
 import pytest
 from aiohttp import web
@@ -251,3 +253,35 @@ async def test_nothing_that_was_acknowledged_is_lost_by_a_stop(config):
             node.entries.append(model_entry("m", "1", "model.onnx", MODEL))
             assert _reason(await _poll(office)) == ("affirming", [])
             assert node.asked[-1] == len(node.entries) - 1
+
+
+async def test_an_appraisal_that_was_overtaken_is_not_kept(office):
+    """Two polls cross: the older quote comes later, is refused by name, and the newer result and log stand."""
+    node = SoftwareNode(vendor=VENDOR)
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    @web.middleware
+    async def hold(request, handler):
+        answer = await handler(request)  # the quote is made, and waits
+        if "hold" in waiting and request.method == "GET":
+            waiting.clear()
+            asked.set()
+            await go_on.wait()
+        return answer
+
+    waiting: set[str] = set()
+    application = node.application()
+    application.middlewares.append(hold)
+    async with serving(node, application):
+        await node.enrol(office.anyone, office.url, await office.token())
+        waiting.add("hold")
+        older = asyncio.create_task(_poll(office, expect=409))
+        await asyncio.wait_for(asked.wait(), 30)
+        node.attester.clock = dataclasses.replace(node.attester.clock, clock=node.attester.clock.clock + 1)
+        node.entries.append(refused_entry("m", "1", "model.onnx", digest("other")))
+        assert _reason(await _poll(office)) == ("warning", ["refused"])
+        go_on.set()
+        assert (await older)["check"] == "overtaken"
+        assert (await office.node("edge-1"))["log_entries"] == len(node.entries)
+        node.attester.clock = dataclasses.replace(node.attester.clock, clock=node.attester.clock.clock + 1)
+        assert _reason(await _poll(office)) == ("warning", ["refused"])
