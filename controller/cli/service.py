@@ -16,8 +16,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent import clock
+from agent.config import read_environment
 from agent.errors import ConfigError
+from agent.host.notify import Notifier
 from controller.cli.client import write_admin
+from controller.cli.status import command as status
 from controller.settings import DEFAULT_CONFIG, Settings, json_schema, load
 
 __all__ = ["command"]
@@ -29,6 +32,9 @@ _CONFIG = click.Path(path_type=Path, dir_okay=False)
 @click.group()
 def command() -> None:
     """Make and run the controller: it enrols nodes, appraises their Evidence and tells their trust."""
+
+
+command.add_command(status)
 
 
 @command.command()
@@ -57,7 +63,9 @@ def run(*, config: Path, schema: bool, check: bool) -> None:
     )
     from controller import service  # noqa: PLC0415 -- the other verbs need no server
 
-    service.run(settings)
+    environment = read_environment()
+    watchdog_s = environment.watchdog_usec / 1e6 if environment.watchdog_usec else None
+    service.run(settings, Notifier(environment.notify_socket), watchdog_s)
 
 
 @command.command()

@@ -23,6 +23,7 @@ from agent.attest.enrolment import RESULT_PATH
 from agent.attest.evidence import MAX_EVIDENCE_BYTES, NONCE_BYTES
 from agent.errors import EdgeWardenError, PeerError
 from controller.flows.appraising import Appraiser, Finding
+from controller.metrics import LAG_BUCKETS_S, Histogram
 from controller.settings import PollSettings
 from controller.store import fleet
 from controller.store.database import Database, StoreError
@@ -45,11 +46,11 @@ class UnreachableError(EdgeWardenError):
 
 @dataclass(slots=True)
 class PollCounts:
-    """What this replica did, for its metrics; times in microseconds."""
+    """What this replica did, for its metrics; times in seconds and microseconds, as the names say."""
 
     polls: int = 0
     unreachable: int = 0
-    lag_us: list[int] = field(default_factory=list)
+    lag_s: Histogram = field(default_factory=lambda: Histogram(LAG_BUCKETS_S))
     appraisal_us: int = 0
 
 
@@ -99,7 +100,7 @@ class Poller:
             due = await fleet.claim(connection, clock.now_us(), room)
             records = await fleet.load(connection, [one.node for one in due])
         for one in due:
-            self.counts.lag_us.append(one.lag_us)
+            self.counts.lag_s.observe(one.lag_us / 1e6)
             if one.node in records:
                 task = asyncio.create_task(self._poll_logged(records[one.node]))
                 self._running.add(task)

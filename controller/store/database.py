@@ -40,13 +40,18 @@ class StoreError(HostError):
 
 
 class Database:
-    """One replica's way to the state. Make it with :meth:`open`."""
+    """One replica's way to the state. Make it with :meth:`open`.
+
+    Attributes:
+        errors: transactions that the database failed, for the metrics.
+    """
 
     def __init__(self, engine: AsyncEngine, lock: int | None) -> None:
         self._engine = engine
         self._lock = lock
         self._turn = asyncio.Lock() if engine.dialect.name == "sqlite" else contextlib.nullcontext()
         self.is_sqlite = engine.dialect.name == "sqlite"
+        self.errors = 0
 
     @classmethod
     async def open(cls, settings: DatabaseSettings) -> Database:
@@ -94,6 +99,7 @@ class Database:
             async with self._turn, self._engine.begin() as connection:
                 yield connection
         except (DBAPIError, asyncpg.PostgresError, OSError, TimeoutError) as error:
+            self.errors += 1
             if (
                 isinstance(error, DBAPIError)
                 and not isinstance(error, OperationalError)
