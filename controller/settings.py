@@ -50,6 +50,12 @@ class DatabaseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         "sqlite+aiosqlite:///controller.db"
     )
     password_file: Annotated[str | None, Meta(description="File that holds PostgreSQL's password.")] = None
+    ca: Annotated[
+        str | None,
+        Meta(
+            description="PEM file of the CAs that PostgreSQL's certificate is verified with; without it, no TLS is asked for."
+        ),
+    ] = None
     connections: Annotated[int, Meta(ge=2, le=100, description="Connections of this replica to PostgreSQL.")] = 10
 
     @property
@@ -211,7 +217,7 @@ def _absolute(settings: Settings, base: Path) -> Settings:
     prefix = f"{_SQLITE}:///"
     if database.url.startswith(prefix):
         database = replace(database, url=prefix + str(base / database.url.removeprefix(prefix)))
-    database = replace(database, password_file=against(database.password_file))
+    database = replace(database, password_file=against(database.password_file), ca=against(database.ca))
     enrolment = replace(
         settings.enrolment,
         ek_roots=[str(base / root) for root in settings.enrolment.ek_roots],

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
-from agent.errors import HostError
+from agent.errors import ConfigError, HostError
 from controller.settings import DatabaseSettings, database_url
 
 __all__ = ["Database", "StoreError"]
@@ -77,11 +78,17 @@ class Database:
                         "timeout": CONNECT_TIMEOUT_S,
                         "command_timeout": STATEMENT_TIMEOUT_S,
                         "server_settings": {"application_name": "edgewarden-controller"},
+                        **_tls(settings.ca),
                     },
                 )
             database = cls(engine, lock)
-            async with database.begin() as connection:
-                await connection.run_sync(_upgrade)
+            lock = None  # the database's from now on
+            try:
+                async with database.begin() as connection:
+                    await connection.run_sync(_upgrade)
+            except BaseException:
+                await database.close()
+                raise
         except BaseException:
             if lock is not None:
                 os.close(lock)
@@ -115,6 +122,16 @@ class Database:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _tls(ca: str | None) -> dict[str, ssl.SSLContext]:
+    """Return the argument by which PostgreSQL is verified: by its name, against these CAs alone. None: what the URL says holds."""
+    if ca is None:
+        return {}
+    try:
+        return {"ssl": ssl.create_default_context(cafile=ca)}
+    except OSError as error:  # a file that holds no certificate is one, too
+        raise ConfigError(f"database.ca: {ca}: {error.strerror or error}") from error
 
 
 def _lock(path: Path) -> int:
