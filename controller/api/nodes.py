@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from aiohttp import web
 
 from agent.attest.enrolment import (
@@ -23,7 +25,7 @@ from controller.api.routing import Call, Route
 from controller.flows.joining import Joining
 from controller.trust.authority import Authority
 
-__all__ = ["node_routes"]
+__all__ = ["node_routes", "readiness_route"]
 
 MAX_ENROL_BYTES = 64 * 1024
 _OVERHEAD_BYTES = 64 * 1024  # around the Evidence
@@ -69,3 +71,19 @@ def node_routes(joining: Joining, authority: Authority, limiter: Limiter, eviden
         ),
         Route("GET", "/.well-known/jwks.json", "Keys that verify Attestation Results", jwks, answer=dict[str, list[dict[str, str]]]),
     ]  # fmt: skip
+
+
+def readiness_route(why_not: Callable[[], str]) -> Route:
+    """Return the row by which a balancer learns whether this replica works. Why it does not is for its own machine alone.
+
+    Args:
+        why_not: words; none when it works.
+    """
+
+    async def ready(_call: Call) -> web.Response:
+        if why_not():  # no refusal, which would be logged each time that a balancer asks
+            words = "this replica can't do its work now: ask another, or come again"
+            return web.json_response({"error": words, "check": "not_ready"}, status=503)
+        return web.json_response({"ready": True})
+
+    return Route("GET", "/readyz", "Whether this replica can do its work", ready, answer=dict[str, bool])

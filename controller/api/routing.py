@@ -5,7 +5,8 @@ Rules:
 1. An operator's route names its action, and is authorized before its body is read.
 2. A refusal is ``{"error", "check"}`` with the status that fits its blame, never a traceback; one that speaks of a node or of a right is in the
    audit log.
-3. A body is read up to the route's limit and within :data:`BODY_TIMEOUT_S`; compressed bodies are not taken.
+3. Every answer is counted by its route and status, a call of a node that joins by the check that refused it, too.
+4. A body is read up to the route's limit and within :data:`BODY_TIMEOUT_S`; compressed bodies are not taken.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import structlog
 from aiohttp import web
 
 from agent import clock
+from agent.attest.enrolment import ENROL_PATH
 from agent.errors import ConfigError, EdgeWardenError, HostError, PeerError, PolicyError, VerificationError
 from agent.records import Principal
+from controller.metrics import Figures
 from controller.store import admins, audit
 from controller.store.database import Database, StoreError
 from controller.trust.authorize import Authorizer
@@ -33,6 +36,8 @@ BODY_TIMEOUT_S = 30.0
 MAX_BODY_BYTES = 1 << 20  # where a route says nothing
 _READ_BYTES = 256 * 1024
 _NODE = web.RequestKey("node", str)
+_CHECK = web.RequestKey("check", str)
+_ENROLMENT_STEPS = {ENROL_PATH: "begin", ENROL_PATH + "/{enrolment}": "complete"}
 _log = structlog.get_logger(__name__)
 
 TokenReader: TypeAlias = Callable[[str], Awaitable[Principal]]
@@ -101,20 +106,48 @@ class Route:
 
 
 class Surface:
-    """Makes handlers of routes."""
+    """Makes handlers of routes.
 
-    def __init__(self, database: Database, authorizer: Authorizer, tokens: TokenReader | None) -> None:
+    Args:
+        database: where admins are looked up and refusals recorded.
+        authorizer: decides what an operator may do.
+        tokens: reads bearer tokens, where they are taken.
+        figures: where answers are counted.
+    """
+
+    def __init__(
+        self, database: Database, authorizer: Authorizer, tokens: TokenReader | None, figures: Figures
+    ) -> None:
         self._database = database
         self._authorizer = authorizer
         self._tokens = tokens
+        self._figures = figures
 
     def application(self, routes: list[Route]) -> web.Application:
         """Return the server of a table."""
         application = web.Application(client_max_size=MAX_BODY_BYTES)
         for route in routes:
             application.router.add_route(route.method, route.path, self._handler(route))
-        application.middlewares.append(_http_errors)
+        application.middlewares.extend((self._count, _http_errors))
         return application
+
+    @web.middleware
+    async def _count(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        status = 500  # what the server answers to a programming error
+        try:
+            answer = await handler(request)
+            status = answer.status
+        finally:
+            resource = request.match_info.route.resource
+            path = resource.canonical if resource is not None else "none"
+            # What a peer may write as a method is not ours; of a route it is.
+            self._figures.calls.add(request.method if resource is not None else "none", path, str(status))
+            if path in _ENROLMENT_STEPS:
+                outcome = "ok" if status < 300 else "refused" if status < 500 else "failed"  # noqa: PLR2004 -- HTTP's classes
+                self._figures.enrolments.add(_ENROLMENT_STEPS[path], outcome, request.get(_CHECK, ""))
+        return answer
 
     def _handler(self, route: Route) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -152,7 +185,7 @@ class Surface:
         return Principal(id=f"admin/{name}", kind="mtls", roles=(role,))
 
     async def _record(self, route: Route, request: web.Request, who: str, error: EdgeWardenError) -> None:
-        check = error.check if isinstance(error, VerificationError) else getattr(error, "reason", "")
+        check = request[_CHECK] = _check_of(error)
         _log.warning("call_refused", path=request.path, principal=who, check=check, error=str(error))
         if isinstance(error, StoreError) or not (route.action or route.kind):
             return
@@ -201,6 +234,16 @@ def _peer_spki(request: web.Request) -> str | None:
     return certificate_spki(der) or None if der is not None else None
 
 
+def _check_of(error: EdgeWardenError) -> str:
+    match error:
+        case VerificationError():
+            return error.check
+        case PeerError():
+            return error.reason
+        case _:
+            return ""
+
+
 def _status_of(error: EdgeWardenError) -> int:
     match error:
         case PeerError():
@@ -214,12 +257,11 @@ def _status_of(error: EdgeWardenError) -> int:
 
 
 def _refusal(error: EdgeWardenError) -> web.Response:
-    check = error.check if isinstance(error, VerificationError) else getattr(error, "reason", "")
     headers = {}
     if isinstance(error, PeerError) and error.retry_after_s is not None:
         headers["Retry-After"] = str(int(error.retry_after_s) + 1)
     words = str(error) if not isinstance(error, StoreError) else "the controller's database does not answer: come again"
-    return web.json_response({"error": words, "check": check}, status=_status_of(error), headers=headers)
+    return web.json_response({"error": words, "check": _check_of(error)}, status=_status_of(error), headers=headers)
 
 
 @web.middleware

@@ -24,6 +24,7 @@ from agent.attest.enrolment import RESULT_PATH
 from agent.attest.evidence import MAX_EVIDENCE_BYTES, NONCE_BYTES
 from agent.errors import EdgeWardenError, PeerError
 from controller.flows.appraising import Appraiser, Finding
+from controller.metrics import LAG_BUCKETS_S, Histogram
 from controller.settings import PollSettings
 from controller.store import fleet, schedule
 from controller.store.database import Database, StoreError
@@ -46,11 +47,11 @@ class UnreachableError(EdgeWardenError):
 
 @dataclass(slots=True)
 class PollCounts:
-    """What this replica did, for its metrics; times in microseconds."""
+    """What this replica did, for its metrics; times in seconds and microseconds, as the names say."""
 
     polls: int = 0
     unreachable: int = 0
-    lag_us: list[int] = field(default_factory=list)
+    lag_s: Histogram = field(default_factory=lambda: Histogram(LAG_BUCKETS_S))
     appraisal_us: int = 0
 
 
@@ -98,7 +99,7 @@ class Poller:
             due = await schedule.claim(connection, clock.now_us(), room)
             records = await fleet.load(connection, [one.node for one in due])
         for one in due:
-            self.counts.lag_us.append(one.lag_us)
+            self.counts.lag_s.observe(one.lag_us / 1e6)
             if one.node in records:
                 task = group.create_task(self._poll_logged(records[one.node]))
                 self._running.add(task)

@@ -47,11 +47,12 @@ def controller_home(folder: Path, vendor: bytes, *options: str, **changes: Any) 
 
 @dataclass
 class Desk:
-    """An admin's access to a running controller."""
+    """An admin's access to a running controller; ``metrics`` is the address of its other listener, where it has one."""
 
     url: str
     admin: aiohttp.ClientSession
     anyone: aiohttp.ClientSession
+    metrics: str = ""
 
     async def call(self, method: str, path: str, body: Any = None, *, expect: int = 200) -> Any:
         async with self.admin.request(method, self.url + path, json=body) as answer:
@@ -93,7 +94,8 @@ async def desk(config: Path, admin: str = "admin") -> AsyncIterator[Desk]:
             )
             for name in (admin, None)
         ]
-        yield Desk(f"https://localhost:{controller.port}", *sessions)
+        url, metrics = f"https://localhost:{controller.port}", f"http://127.0.0.1:{controller.metrics_port}"
+        yield Desk(url, sessions[0], sessions[1], metrics)
 
 
 async def eventually(condition: Any, seconds: float = 30) -> Any:

@@ -31,11 +31,13 @@ def binaries() -> Path | None:
 
 
 class PostgresServer:
-    """A server that can be stopped and started again; it keeps its data meanwhile."""
+    """A server that can be stopped and started again; it keeps its data meanwhile. ``options`` and ``port`` hold from the next start."""
 
     def __init__(self, programs: Path, directory: Path) -> None:
         self.programs = programs
         self.directory = directory
+        self.options: tuple[str, ...] = ()
+        self.port = 5432
         self._names = (f"test_{number}" for number in itertools.count())
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -44,7 +46,7 @@ class PostgresServer:
         with (self.directory / "server.log").open("ab") as log:
             # fmt: off
             self._process = subprocess.Popen(
-                [self.programs / "postgres", "-D", self.directory / "data", "-k", self.directory, "-c", "listen_addresses=", "-F"],
+                [self.programs / "postgres", "-D", self.directory / "data", "-k", self.directory, "-c", "listen_addresses=", "-p", str(self.port), "-F", *self.options],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory, **_unprivileged(),
             )
             # fmt: on
@@ -71,7 +73,7 @@ class PostgresServer:
 
     def _program(self, name: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(
-            [self.programs / name, "-h", self.directory, "-U", SUPERUSER, *arguments],
+            [self.programs / name, "-h", self.directory, "-p", str(self.port), "-U", SUPERUSER, *arguments],
             check=check,
             stdin=subprocess.DEVNULL,
             capture_output=True,
