@@ -16,7 +16,6 @@ import secrets
 import signal
 import socket
 import ssl
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,11 @@ from controller.api.nodes import node_routes, readiness_route
 from controller.api.openapi import document
 from controller.api.operators import Operators
 from controller.api.routing import Call, Route, Surface
-from controller.flows.appraising import Appraiser, Finding
+from controller.flows.appraising import Appraiser
 from controller.flows.deliver import Deliverer
 from controller.flows.joining import Joining
-from controller.flows.watching import Watch, WatchedPoller
+from controller.flows.polling import Poller
+from controller.flows.watching import Watch
 from controller.metrics import Figures
 from controller.settings import Settings, split_listen
 from controller.store import joining as joining_store
@@ -88,8 +88,8 @@ class Controller:
             database = await Database.open(settings.database)
             stack.push_async_callback(database.close)
             figures = Figures()
-            appraiser = _CountedAppraiser(authority, figures, nats=settings.nats is not None)
-            poller = WatchedPoller(database, appraiser, authority, settings.poll)
+            appraiser = Appraiser(authority, figures, nats=settings.nats is not None)
+            poller = Poller(database, appraiser, authority, settings.poll)
             deliverer = Deliverer(database, settings.nats)
             watch = Watch(database, poller, settings.poll, self._notifier)
             await self._serve_metrics(stack, watch, ReplicaMetrics(figures, poller.counts, deliverer, database, watch))
@@ -155,22 +155,6 @@ class Controller:
             except StoreError as error:
                 _log.error("database_lost", error=str(error))
             await asyncio.sleep(HEARTBEAT_S)
-
-
-class _CountedAppraiser(Appraiser):
-    """Counts what it does, for polls, pushes and enrolments alike."""
-
-    def __init__(self, authority: Authority, figures: Figures, *, nats: bool) -> None:
-        super().__init__(authority, nats=nats)
-        self._figures = figures
-
-    def appraise(self, *args: Any, **kwargs: Any) -> Finding:  # noqa: ANN401 -- as the base has them
-        """As the base."""
-        began_ns = time.perf_counter_ns()
-        finding = super().appraise(*args, **kwargs)
-        self._figures.appraisal_s.observe((time.perf_counter_ns() - began_ns) / 1e9)
-        self._figures.appraisals.add(finding.appraised.status)
-        return finding
 
 
 def _description(routes: list[Route], url: str) -> Route:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from agent.attest.appraisal import Appraisal, Expectation, StateNeededError, app
 from agent.attest.reference import Measurement, PolicyReference, ReferenceValues
 from agent.attest.result import AttestationResult, CheckResult
 from controller import __version__
+from controller.metrics import Figures
 from controller.store import audit, fleet, outbox, references, results, schedule
 from controller.store.fleet import NodeRecord
 from controller.store.results import Appraised
@@ -61,11 +63,13 @@ class Appraiser:
 
     Args:
         authority: the controller's keys.
+        figures: where appraisals are counted.
         nats: whether events go to NATS.
     """
 
-    def __init__(self, authority: Authority, *, nats: bool = False) -> None:
+    def __init__(self, authority: Authority, figures: Figures, *, nats: bool = False) -> None:
         self._authority = authority
+        self._figures = figures
         self._nats = nats
         self._versions: dict[tuple[str, int], ReferenceValues] = {}
 
@@ -107,7 +111,9 @@ class Appraiser:
             verified=node.verified,
             enrolled_pcrs=node.boot_pcrs,
         )
+        began_ns = time.perf_counter_ns()
         appraisal = appraise(evidence, expect)
+        self._figures.appraisal_s.observe((time.perf_counter_ns() - began_ns) / 1e9)
         now_us = clock.now_us()
         checks = tuple(
             CheckResult(check.name, check.outcome, check.words, check.entries)
@@ -118,6 +124,7 @@ class Appraiser:
         if status != "none" and appraisal.claims is not None and appraisal.claims.node != node.id:
             status = "contraindicated"
             checks = (CheckResult("node", "failed", f"the node calls itself {appraisal.claims.node}"), *checks)
+        self._figures.appraisals.add(status)
         appraised = Appraised(
             before=node,
             status=status,

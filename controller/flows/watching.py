@@ -22,35 +22,13 @@ from controller.store import figures
 from controller.store.database import Database, StoreError
 from controller.store.figures import Sample
 
-__all__ = ["SAMPLE_S", "STALE_S", "Watch", "WatchedPoller"]
+__all__ = ["SAMPLE_S", "STALE_S", "Watch"]
 
 SAMPLE_S = 5.0
 STALE_S = 20.0  # without an answer of the database
 SIGN_S = 5.0  # between two signs of life, where the service manager names no time
 _POLL_CALLS = 4  # requests of one poll that each may take `poll.timeout_s`, with room
 _log = structlog.get_logger(__name__)
-
-
-class WatchedPoller(Poller):
-    """A poller that says whether it goes on.
-
-    Attributes:
-        paused: it waits for the database.
-        looked_us: when it last found out who is due (monotonic microseconds); 0: never.
-    """
-
-    paused = False
-    looked_us = 0
-
-    async def _claim(self) -> int:
-        try:
-            found = await super()._claim()
-        except StoreError:
-            self.paused = True
-            raise
-        self.paused = False
-        self.looked_us = clock.monotonic_us()
-        return found
 
 
 class Watch:
@@ -66,7 +44,7 @@ class Watch:
         sample: the last figures; None before the first.
     """
 
-    def __init__(self, database: Database, poller: WatchedPoller, settings: PollSettings, notifier: Notifier) -> None:
+    def __init__(self, database: Database, poller: Poller, settings: PollSettings, notifier: Notifier) -> None:
         self._database = database
         self._poller = poller
         self._stall_us = int((_POLL_CALLS * settings.timeout_s + STALE_S) * 1e6)

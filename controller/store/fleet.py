@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from sqlalchemy import Row, delete, func, insert, select, update
+from sqlalchemy import Row, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent.attest.appraisal import Verified
@@ -28,7 +28,6 @@ __all__ = [
     "add",
     "certified",
     "check_free",
-    "count",
     "find",
     "load",
     "overtaken",
@@ -256,13 +255,3 @@ def _rows() -> Any:  # noqa: ANN401 -- as above
         .join(polls, polls.c.node == nodes.c.id)
         .outerjoin(states, states.c.node == nodes.c.id)
     )
-
-
-async def count(connection: AsyncConnection) -> dict[str, int]:
-    """Return how many nodes have each status; ``unreachable`` counts besides."""
-    query = select(func.coalesce(states.c.status, "none"), func.count()).select_from(
-        nodes.outerjoin(states, states.c.node == nodes.c.id)
-    )
-    rows = (await connection.execute(query.group_by(states.c.status))).all()
-    unreachable = (await connection.execute(select(func.count()).where(polls.c.failures > 0))).scalar_one()
-    return {**{str(status): int(number) for status, number in rows}, "unreachable": int(unreachable)}

@@ -16,6 +16,7 @@ from agent.errors import ConfigError
 from agent.host.notify import Notifier
 from controller.api.metrics import MAX_CONNECTIONS
 from controller.flows import watching
+from controller.flows.polling import Poller
 from controller.service import Controller
 from controller.settings import load
 from tests.support.controller_service import controller_home, desk, eventually
@@ -154,11 +155,12 @@ async def test_health_tells_life_from_work(tmp_path):
             await eventually(ready)
 
 
-class _Still(watching.WatchedPoller):
+class _Still(Poller):
     """A poller that looks for nobody."""
 
     def __init__(self):
         """It needs nothing."""
+        self.paused, self.looked_us = False, 0
 
 
 async def test_polling_that_pauses_or_stands_still_is_no_readiness(config, monkeypatch):
