@@ -101,7 +101,9 @@ class Controller:
             routes.append(readiness_route(watch.why_not))
             routes.append(_description(routes, settings.url))
             tokens = OidcReader(settings.oidc).read if settings.oidc else None
-            surface = Surface(database, Authorizer(), tokens, figures)
+            authorizer = Authorizer()
+            stack.callback(authorizer.close)
+            surface = Surface(database, authorizer, tokens, figures)
             await self._serve(stack, surface.application(routes), context)
             async with asyncio.TaskGroup() as group:
                 work = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -88,8 +87,6 @@ async def desk(config: Path, admin: str = "admin") -> AsyncIterator[Desk]:
     controller = Controller(load(config))
     home = config.parent
     async with contextlib.AsyncExitStack() as stack:
-        # The Rego engine must go on the thread that made it, and a collection may run on any.
-        stack.callback(gc.collect)
         await stack.enter_async_context(controller.running())
         sessions = [
             await stack.enter_async_context(
