@@ -17,6 +17,8 @@ __all__ = [
     "AdminRequest",
     "HookGrant",
     "HookRequest",
+    "Interval",
+    "NodeInterval",
     "Page",
     "Result",
     "ShownNode",
@@ -125,6 +127,18 @@ class ShownNode(msgspec.Struct, frozen=True, omit_defaults=True):
     reference_version: int = 0
     log_entries: int = 0
     claims: dict[str, Any] | None = None
+
+
+class Interval(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How often a group's nodes are polled, in seconds."""
+
+    interval_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)]
+
+
+class NodeInterval(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How often one node is polled, in seconds; null: as often as its group."""
+
+    interval_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)] | None
 
 
 class Page(msgspec.Struct, frozen=True):

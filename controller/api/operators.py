@@ -21,6 +21,8 @@ from controller.api.documents import (
     AdminRequest,
     HookGrant,
     HookRequest,
+    Interval,
+    NodeInterval,
     Page,
     Result,
     ShownNode,
@@ -36,7 +38,7 @@ from controller.flows.appraising import Appraiser
 from controller.flows.approving import Approval, Change, Withdrawal, approve, withdraw
 from controller.flows.polling import Poller, UnreachableError
 from controller.settings import Settings
-from controller.store import admins, audit, fleet, joining, outbox, references, results
+from controller.store import admins, audit, fleet, joining, outbox, references, results, schedule
 from controller.store.database import Database
 from controller.store.joining import Token
 from controller.trust.authority import Authority, request_key
@@ -69,10 +71,12 @@ class Operators:
             Route("GET", node + "/results", "A node's history", self.history, "node.show", answer=list[Result]),
             Route("GET", node + "/result", "The last Attestation Result, as a JWT", self.result, "node.show", answer=dict[str, str]),
             Route("POST", node + "/poll", "Appraise a node now", self.poll, "node.poll", answer=Result),
+            Route("PUT", node + "/interval", "Say how often a node is polled", self.node_interval, "node.interval", body=NodeInterval, answer=NodeInterval),
             Route("DELETE", node, "Release a node, so that it can enrol again", self.release, "node.release", answer=dict[str, str]),
             Route("GET", "/v1/tokens", "List join tokens", self.list_tokens, "token.list", answer=Rows),
             Route("POST", "/v1/tokens", "Make a join token", self.make_token, "token.create", body=TokenRequest, answer=TokenGrant, status=201),
             Route("GET", "/v1/groups", "List groups", self.list_groups, "reference.list", answer=Rows),
+            Route("PUT", group + "/interval", "Say how often a group's nodes are polled", self.group_interval, "node.interval", body=Interval, answer=Interval),
             Route("GET", group + "/references", "List versions of Reference Values", self.versions, "reference.list", answer=Rows),
             Route("GET", group + "/references/{version}", "Show Reference Values", self.reference, "reference.list", answer=ReferenceValues),
             Route("POST", group + "/references", "Approve", self.approve, "reference.approve", body=Approval, answer=Change, limit_bytes=4 << 20, status=201),
@@ -136,6 +140,25 @@ class Operators:
         except UnreachableError as error:
             raise PeerError(502, "unreachable", str(error)) from error
         return shown_result(finding.appraised)
+
+    async def node_interval(self, call: Call) -> NodeInterval:
+        """Change how often one node is polled."""
+        name, wanted = call.request.match_info["node"], call.body
+        async with self.database.begin() as connection:
+            await schedule.set_interval(connection, name, wanted.interval_s, clock.now_us())
+            detail = {"interval_s": wanted.interval_s}
+            entry = audit.AuditEntry(kind="node.interval", principal=call.by, node=name, detail=detail)
+            await audit.append(connection, entry)
+        return NodeInterval(wanted.interval_s)
+
+    async def group_interval(self, call: Call) -> Interval:
+        """Change how often a group's nodes are polled."""
+        group, wanted = call.request.match_info["group"], call.body
+        async with self.database.begin() as connection:
+            await schedule.set_group_interval(connection, group, wanted.interval_s, clock.now_us())
+            detail = {"group": group, "interval_s": wanted.interval_s}
+            await audit.append(connection, audit.AuditEntry(kind="node.interval", principal=call.by, detail=detail))
+        return Interval(wanted.interval_s)
 
     async def release(self, call: Call) -> dict[str, str]:
         """Forget a node."""

@@ -20,6 +20,7 @@ from agent.attest.appraisal import Verified
 from agent.attest.findings import Judgement
 from agent.attest.log_state import LogState
 from agent.errors import PeerError
+from controller.store.schedule import interval_of
 from controller.store.schema import challenges, groups, logs, nodes, polls, states
 
 __all__ = [
@@ -122,7 +123,7 @@ async def certified(connection: AsyncConnection, node: str, spki_sha256: str, un
 
 def _records() -> Any:  # noqa: ANN401 -- a join of many columns has no short type
     return (
-        select(nodes, groups.c.interval_s, groups.c.version.label("group_version"), states)
+        select(nodes, interval_of.label("every_s"), groups.c.version.label("group_version"), states)
         .join(groups, groups.c.name == nodes.c.group_name)
         .outerjoin(states, states.c.node == nodes.c.id)
     )
@@ -166,7 +167,7 @@ def _record(row: Row[Any]) -> NodeRecord:
         ak_public=row.ak_public,
         spki_sha256=row.spki_sha256,
         boot_pcrs=msgspec.json.decode(row.boot_pcrs, type=dict[int, str]),
-        interval_s=row.interval_s,
+        interval_s=row.every_s,
         version=row.group_version,
         verified=verified,
         status=row.status,
@@ -237,7 +238,7 @@ def _rows() -> Any:  # noqa: ANN401 -- as above
             nodes.c.address,
             nodes.c.enrolled_us,
             nodes.c.certificate_until_us,
-            groups.c.interval_s,
+            interval_of,
             polls.c.due_us,
             polls.c.failures,
             polls.c.contact_us,

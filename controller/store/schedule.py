@@ -4,7 +4,8 @@ Rules:
 
 1. A node is claimed for a poll by moving its due time ahead by a whole interval, under ``FOR UPDATE SKIP LOCKED``. So whatever becomes of the
    replica that claimed it, no other polls it in this interval, and all find it due in the next.
-2. Whether a node answers is a fact of its own; what is thought of it (:mod:`controller.store.results`) stays as it was.
+2. A node is polled in its own interval, or else in its group's.
+3. Whether a node answers is a fact of its own; what is thought of it (:mod:`controller.store.results`) stays as it was.
 """
 
 from __future__ import annotations
@@ -13,15 +14,30 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, bindparam, select, update
+from sqlalchemy import Row, bindparam, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from agent.errors import PeerError
 from controller.store.schema import groups, nodes, polls
 
-__all__ = ["Due", "answered", "claim", "hurry", "postpone", "silent"]
+__all__ = [
+    "Due",
+    "answered",
+    "claim",
+    "hurry",
+    "interval_of",
+    "postpone",
+    "set_group_interval",
+    "set_interval",
+    "silent",
+]
 
 MAX_BACKOFF = 8  # times the interval, for a node that does not answer
 JITTER = 0.1  # of an interval, at most
+
+
+interval_of = func.coalesce(nodes.c.interval_s, groups.c.interval_s).label("interval_s")
+"""A node's interval, in a query over ``nodes`` and ``groups``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +51,7 @@ class Due:
 async def claim(connection: AsyncConnection, now_us: int, limit: int) -> list[Due]:
     """Take the nodes that are due, the longest waiting first (rule 1)."""
     query = (
-        select(polls.c.node, polls.c.due_us, polls.c.failures, groups.c.interval_s)
+        select(polls.c.node, polls.c.due_us, polls.c.failures, interval_of)
         .join(nodes, nodes.c.id == polls.c.node)
         .join(groups, groups.c.name == nodes.c.group_name)
         .where(polls.c.due_us <= now_us)
@@ -92,3 +108,38 @@ async def silent(connection: AsyncConnection, node: str, error: str) -> bool:
         update(polls).where(polls.c.node == node).values(failures=row.failures + 1, error=error[:512])
     )
     return bool(row.failures == 0)
+
+
+async def set_interval(connection: AsyncConnection, node: str, interval_s: int | None, now_us: int) -> None:
+    """Give a node an interval of its own, or its group's again; it holds at once.
+
+    Raises:
+        PeerError: 404.
+    """
+    changed = await connection.execute(update(nodes).where(nodes.c.id == node).values(interval_s=interval_s))
+    if changed.rowcount == 0:
+        raise PeerError(404, "not_enrolled", f"no node {node!r} is enrolled here")
+    effective = select(interval_of).join(groups, groups.c.name == nodes.c.group_name).where(nodes.c.id == node)
+    await _spread(connection, [node], (await connection.execute(effective)).scalar_one(), now_us)
+
+
+async def set_group_interval(connection: AsyncConnection, group: str, interval_s: int, now_us: int) -> None:
+    """Change the interval of a group; it holds at once, for those nodes that have none of their own.
+
+    Raises:
+        PeerError: 404.
+    """
+    changed = await connection.execute(update(groups).where(groups.c.name == group).values(interval_s=interval_s))
+    if changed.rowcount == 0:
+        raise PeerError(404, "no_group", f"there is no group {group!r}")
+    mine = select(nodes.c.id).where(nodes.c.group_name == group, nodes.c.interval_s.is_(None))
+    await _spread(connection, list((await connection.execute(mine)).scalars()), interval_s, now_us)
+
+
+async def _spread(connection: AsyncConnection, names: list[str], interval_s: int, now_us: int) -> None:
+    """Make nodes due within an interval from now, each at a moment of its own."""
+    if names:
+        await connection.execute(
+            update(polls).where(polls.c.node == bindparam("who")).values(due_us=bindparam("next")),
+            [{"who": name, "next": now_us + secrets.randbelow(interval_s * 1_000_000)} for name in names],
+        )

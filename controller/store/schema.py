@@ -88,6 +88,7 @@ nodes = Table(
     Column("boot_pcrs", Text, nullable=False),  # at enrolment, by index
     Column("enrolled_us", BigInteger, nullable=False),
     Column("certificate_until_us", BigInteger, nullable=False),
+    Column("interval_s", Integer),  # of this node alone; null: the group's
 )
 
 polls = Table(

@@ -169,6 +169,10 @@ BAD = [
     ("GET", "/v1/groups/nowhere/references/current", None, 404),
     ("POST", "/v1/admins", {"name": "a", "role": "viewer", "csr": "AAAA"}, 422),
     ("DELETE", "/v1/admins/nobody", None, 404),
+    ("PUT", "/v1/nodes/nobody/interval", {"interval_s": 30}, 404),
+    ("PUT", "/v1/nodes/nobody/interval", {"interval_s": 0}, 400),
+    ("PUT", "/v1/groups/nowhere/interval", {"interval_s": 30}, 404),
+    ("PUT", "/v1/groups/default/interval", {"interval_s": None}, 400),
     ("GET", "/v2/nothing", None, 404),
     ("PUT", "/v1/nodes", None, 405),
 ]
