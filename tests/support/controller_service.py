@@ -20,7 +20,7 @@ from controller.service import Controller
 from controller.settings import load
 from tests.support.attest import CONFIG, MODEL, PCR, POLICY
 
-__all__ = ["APPROVAL", "Desk", "controller_home", "desk", "eventually"]
+__all__ = ["APPROVAL", "Desk", "admin_context", "controller_home", "desk", "eventually"]
 
 APPROVAL = {
     "policy": POLICY.hex(),
@@ -74,7 +74,8 @@ class Desk:
         return [record for record in await self.call("GET", "/v1/audit?limit=1000") if record["kind"] == kind]
 
 
-def _context(home: Path, name: str | None) -> ssl.SSLContext:
+def admin_context(home: Path, name: str | None) -> ssl.SSLContext:
+    """TLS towards the controller: as the admin of that directory, or as nobody."""
     context = ssl.create_default_context(cafile=str(home / "keys" / "ca.pem"))
     if name:
         context.load_cert_chain(home / name / "certificate.pem", home / name / "key.pem")
@@ -90,7 +91,7 @@ async def desk(config: Path, admin: str = "admin") -> AsyncIterator[Desk]:
         await stack.enter_async_context(controller.running())
         sessions = [
             await stack.enter_async_context(
-                aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=_context(home, name)))
+                aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=admin_context(home, name)))
             )
             for name in (admin, None)
         ]

@@ -1,6 +1,6 @@
 """A private PostgreSQL server: Debian's binaries, a Unix socket in a directory of its own, no port.
 
-PostgreSQL refuses to run as root, so there it runs as ``postgres`` or ``nobody``. Its data is thrown away, hence no fsync.
+PostgreSQL refuses to run as root, so there it runs as ``postgres`` or ``nobody``. Its data is thrown away, hence no fsync, unless somebody measures.
 """
 
 import contextlib
@@ -40,6 +40,12 @@ class PostgresServer:
         self.port = 5432
         self._names = (f"test_{number}" for number in itertools.count())
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of the running server, the parent of the others."""
+        assert self._process is not None
+        return self._process.pid
 
     def start(self) -> None:
         """Start it and wait until it takes connections."""
@@ -83,7 +89,7 @@ class PostgresServer:
 
 
 @contextlib.contextmanager
-def postgres_server(programs: Path) -> Iterator[PostgresServer]:
+def postgres_server(programs: Path, *, durable: bool = False) -> Iterator[PostgresServer]:
     """Make a cluster in a new directory, run it, and remove everything at the end."""
     # Not pytest's directory: another user can't enter that, and a socket's path must be short.
     directory = Path(tempfile.mkdtemp(prefix="edgewarden-postgres-"))
@@ -98,6 +104,8 @@ def postgres_server(programs: Path) -> Iterator[PostgresServer]:
         )
         # fmt: on
         server = PostgresServer(programs, directory)
+        if durable:
+            server.options = ("-c", "fsync=on")
         try:
             server.start()
             yield server
