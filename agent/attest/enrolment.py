@@ -30,6 +30,7 @@ __all__ = [
     "ENROL_PATH",
     "EVIDENCE_PATH",
     "MAX_CERTIFICATE_BYTES",
+    "MAX_EK_CHAIN",
     "MAX_JOIN_TOKEN_CHARS",
     "RESULT_PATH",
     "Challenge",
@@ -53,7 +54,7 @@ RESULT_PATH = "/attestation/v1/result"
 
 MAX_JOIN_TOKEN_CHARS = 2048
 MAX_CERTIFICATE_BYTES = 4096
-MAX_EK_CHAIN = 4  # intermediates that a node may send beside its EK certificate
+MAX_EK_CHAIN = 6  # intermediates that a node may send beside its EK certificate
 _PREFIX = "ew1."
 
 NodeId = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._-]{1,64}\Z")]
