@@ -76,7 +76,7 @@ def load_roots(paths: Sequence[str]) -> tuple[x509.Certificate, ...]:
             raise ConfigError(f"enrolment.ek_roots: {path}: more than {MAX_ROOTS} certificates in all")
         try:
             found += x509.load_pem_x509_certificates(data)
-        except ValueError as error:
+        except (ValueError, x509.InvalidVersion) as error:
             raise ConfigError(f"enrolment.ek_roots: {path}: not PEM certificates: {error}") from error
     return tuple(found)
 
@@ -125,10 +125,9 @@ def parse_ek_public(data: bytes) -> EkKey:
     rsa_size = len(_RSA_HEAD) + 2 + _RSA_BYTES
     if data.startswith(_RSA_HEAD) and len(data) == rsa_size and data[len(_RSA_HEAD) :][:2] == b"\x01\x00":
         modulus = int.from_bytes(data[-_RSA_BYTES:])
-        try:
-            return rsa.RSAPublicNumbers(65537, modulus).public_key()
-        except ValueError as error:
-            raise VerificationError("ek-template", f"no RSA key: {error}") from error
+        if modulus.bit_length() != 8 * _RSA_BYTES or modulus % 2 == 0:
+            raise VerificationError("ek-template", "no RSA key: the modulus has not 2048 bits, or is even")
+        return rsa.RSAPublicNumbers(65537, modulus).public_key()
     if data.startswith(_ECC_HEAD):
         rest = data[len(_ECC_HEAD) :]
         if len(rest) == 2 * (2 + _P256_BYTES) and rest[:2] == rest[34:36] == b"\x00\x20":
@@ -189,7 +188,7 @@ def verify_endorsement(
         leaf = x509.load_der_x509_certificate(certificate)
         between = [x509.load_der_x509_certificate(one) for one in chain]
         key = leaf.public_key()
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise VerificationError("ek-certificate", f"not a certificate: {error}") from error
     if not roots:
         raise VerificationError("ek-chain", "no TPM vendor is trusted here: enrolment.ek_roots is empty")

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from agent.attest.enrolment import (
+    MAX_EK_CHAIN,
     MAX_JOIN_TOKEN_CHARS,
     Challenge,
     ChallengeRequest,
@@ -78,7 +79,7 @@ def test_an_enrolment_takes_only_so_many_certificates():
         "ek_public": b"e",
         "ak_public": b"a",
     }
-    good = EnrolRequest(**fields, ek_chain=(b"c",) * 4)
+    good = EnrolRequest(**fields, ek_chain=(b"c",) * MAX_EK_CHAIN)
     assert read_message(good.encode(), EnrolRequest, 65536) == good
     with pytest.raises(VerificationError):
-        read_message(EnrolRequest(**fields, ek_chain=(b"c",) * 5).encode(), EnrolRequest, 65536)
+        read_message(EnrolRequest(**fields, ek_chain=(b"c",) * (MAX_EK_CHAIN + 1)).encode(), EnrolRequest, 65536)

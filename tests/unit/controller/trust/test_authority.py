@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from agent.errors import ConfigError, VerificationError
 from controller.trust.authority import Authority, request_key, spki_sha256
-from controller.trust.endorsement import load_allowlist, load_roots, parse_ek_public
 from controller.trust.node_tls import certificate_spki, poll_context
+from tests.support.ek_chains import ROOT, of_version
 
 
 @pytest.fixture
@@ -103,6 +103,7 @@ def test_a_certificate_request_is_signed_by_its_own_p256_key():
     for bad in (
         b"",
         good[:-1] + bytes([good[-1] ^ 1]),
+        of_version(5, good),
         _request(rsa.generate_private_key(65537, 2048)),
         _request(ec.generate_private_key(ec.SECP384R1())),
     ):
@@ -114,27 +115,5 @@ def test_a_certificate_request_is_signed_by_its_own_p256_key():
 def test_what_is_no_certificate_has_no_key():
     """And is like no key that a node has."""
     assert certificate_spki(None) == certificate_spki(b"garbage") == ""
-
-
-def test_an_operator_s_lists_are_read_or_refused_by_name(tmp_path):
-    """Comments and empty lines are none of them."""
-    path = tmp_path / "list"
-    path.write_text(f"# ours\n{'ab' * 32}  # shop 7\n\n")
-    assert load_allowlist(str(path)) == {"ab" * 32}
-    assert load_allowlist(None) == frozenset()
-    path.write_text("AB\n")
-    with pytest.raises(ConfigError, match=":1: not a SHA-256"):
-        load_allowlist(str(path))
-    with pytest.raises(ConfigError, match="ek_roots"):
-        load_roots([str(path)])
-    for missing in (lambda: load_roots([str(tmp_path / "no")]), lambda: load_allowlist(str(tmp_path / "no"))):
-        with pytest.raises(ConfigError):
-            missing()
-
-
-@pytest.mark.parametrize("size", [0, 1, 60, 122, 126, 330])
-def test_bytes_that_are_no_endorsement_key_are_refused(size):
-    """By name, whatever their length."""
-    with pytest.raises(VerificationError) as refusal:
-        parse_ek_public(bytes(size))
-    assert refusal.value.check == "ek-template"
+    assert certificate_spki(of_version(7, ROOT.der())) == ""
+    assert certificate_spki(ROOT.der()) == spki_sha256(ROOT.key.public_key())
