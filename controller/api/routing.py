@@ -62,6 +62,10 @@ class Call:
         """Who asks, for the audit log."""
         return self.principal.id if self.principal else f"peer/{self.source}"
 
+    def concerns(self, node: str) -> None:
+        """Name the node in the record of a refusal, where neither path nor body do."""
+        self.request[_NODE] = node
+
     def text(self, name: str, default: str = "") -> str:
         """Return a query parameter."""
         return self.request.query.get(name, default)

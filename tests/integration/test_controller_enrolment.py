@@ -282,6 +282,8 @@ async def test_the_second_call_refuses_by_name(office, how):
     challenge = await _challenge(office, node, token)
     path = f"/node/v1/enrol/{challenge.enrolment}"
     assert (await _post(office, path, make(node, challenge), 422))["check"] == check
+    record = (await office.records("node.enrol"))[-1]
+    assert (record["outcome"], record["node"], record["check"]) == ("refused", "edge-1", check)
     assert (await _post(office, path, node.proof(challenge), 404))["check"] == "no_enrolment"
     await node.enrol(office.anyone, office.url, token)
 

@@ -8,6 +8,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent.errors import ConfigError, VerificationError
 from controller.trust.authority import Authority, request_key, spki_sha256
@@ -95,6 +97,9 @@ def _request(key):
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
 
+REQUEST = _request(ec.generate_private_key(ec.SECP256R1()))
+
+
 def test_a_certificate_request_is_signed_by_its_own_p256_key():
     """Damaged, or of another kind of key: refused."""
     key = ec.generate_private_key(ec.SECP256R1())
@@ -110,6 +115,24 @@ def test_a_certificate_request_is_signed_by_its_own_p256_key():
         with pytest.raises(VerificationError) as refusal:
             request_key(bad)
         assert refusal.value.check == "csr"
+
+
+@given(st.data())
+def test_a_damaged_certificate_request_is_refused_and_nothing_else_happens(data):
+    """Any byte changed, cut or put in: a VerificationError, never another error and never another key."""
+    at = data.draw(st.integers(0, len(REQUEST) - 1))
+    change = data.draw(st.binary(max_size=3).filter(lambda found: found != REQUEST[at : at + 1]))
+    with pytest.raises(VerificationError) as refusal:
+        request_key(REQUEST[:at] + change + REQUEST[at + 1 :])
+    assert refusal.value.check == "csr"
+
+
+@given(st.binary(max_size=600))
+def test_bytes_are_no_certificate_request(data):
+    """Whatever a node sends in its place."""
+    with pytest.raises(VerificationError):
+        request_key(data)
+    assert certificate_spki(data) == ""
 
 
 def test_what_is_no_certificate_has_no_key():
