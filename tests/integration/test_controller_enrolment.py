@@ -214,6 +214,14 @@ async def test_a_request_over_its_limits_is_refused_and_recorded(strict_office, 
     assert (record["outcome"], record["node"], record["check"]) == ("refused", "edge-1", "encoding")
 
 
+async def test_the_largest_request_is_read(strict_office):
+    """Every field at its limit fits into the body's limit: what it is refused for is what stands in it."""
+    token = await strict_office.token()
+    largest = bytes(MAX_CERTIFICATE_BYTES)
+    request = SoftwareNode().request(token, ek_certificate=largest, ek_chain=(largest,) * MAX_EK_CHAIN)
+    assert (await _post(strict_office, "/node/v1/enrol", request, 422))["check"] == "ek-certificate"
+
+
 @pytest.mark.parametrize("name", ["", "no such\nname", "x" * 65, 7, None, ["edge-1"]])
 async def test_a_body_that_names_no_node_is_recorded_without_one(strict_office, name):
     """What stands in the record is a node's name or nothing."""

@@ -1,5 +1,7 @@
 """A node whose agent does not start leaves its controller, and starts again."""
 
+import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -7,13 +9,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from agent.attest.tpm import Tpm
 from agent.config import load
 from agent.daemon.offline import leave_offline
 from agent.errors import HostError
+from agent.flows.controller import key_sha256
+from controller.trust.endorsement import parse_ek_public
 from tests.support.chaos import prepare_template, running
 from tests.support.controller import FakeController
+from tests.support.controller_service import controller_home, desk
 from tools.demo_node import ROOT
 
 EXIT_NO, EXIT_ENVIRONMENT = 1, 3
@@ -242,3 +249,49 @@ def test_the_agent_s_files_stay_the_agent_s(template, controller):
         assert len(retired(node)) == 1
         owners = {path: path.stat().st_uid for path in (state, *state.rglob("*"))}
         assert set(owners.values()) == {NOBODY}, owners
+
+
+# --- the whole way, with a real controller
+
+
+@pytest.fixture
+def listed(template, tmp_path):
+    """A node whose TPM stands on the allowlist of a controller that does not run yet."""
+    with running(template, tmp_path, start=False) as (node, tpm):
+        for _ in range(3):
+            tpm.reboot()
+        with contextlib.closing(Tpm(tpm.tcti)) as door:
+            key = parse_ek_public(door.ek_public("EK-RSA2048"))
+        config = controller_home(tmp_path, b"", enrolment={"ek_allowlist": "tpms"})
+        (config.parent / "tpms").write_text(key_sha256(key) + "  # the node's\n")
+        yield node, tpm, config
+
+
+async def test_a_cleared_node_comes_back_at_a_real_controller(listed):
+    """As the guide says: leave, release, enrol; before the release its name and its TPM are taken."""
+    node, tpm, config = listed
+    name = load(node.config).node.id
+
+    async def enrolled(office):
+        token = msgspec.structs.replace(await office.token(), url=office.url).text()
+        words = ("enrol", "--token-file", "-", "--mode", "push", *socket_of(node))
+        return await asyncio.to_thread(attest, *words, token=token)
+
+    async with desk(config) as office:
+        await office.approve()
+        node.start()
+        assert (await enrolled(office))[0] == 0
+        first = await office.node(name)
+        assert node.stop() == 0
+        tpm.clear()
+        tpm.reboot()
+        assert leave(node)[0] == 0
+        node.start()
+        code, _, words = await enrolled(office)
+        assert (code, "enrolled already" in words) == (EXIT_ENVIRONMENT, True), words
+        await office.call("DELETE", f"/v1/nodes/{name}")
+        code, _, words = await enrolled(office)
+        assert code == 0, words
+        second = await office.node(name)
+    assert first["enrolled"] <= second["enrolled"]
+    assert second["reachable"]
