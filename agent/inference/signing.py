@@ -103,7 +103,7 @@ class TrustStore:
                     roots.extend(x509.load_pem_x509_certificates(pem))
                 else:
                     keys.append(_p256(serialization.load_pem_public_key(pem)))
-            except (ValueError, UnsupportedAlgorithm) as error:
+            except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
                 raise ConfigError(
                     f"trusted signer: give a PEM file with an EC P-256 public key or with certificates ({error})"
                 ) from error

@@ -108,7 +108,7 @@ class Authority:
             keys = [_read_key(directory / f"{name}.key") for name in ("ca", "result")]
         except OSError as error:
             raise ConfigError(f"keys: {error.filename}: {error.strerror}; see `edgewarden controller init`") from error
-        except ValueError as error:
+        except (ValueError, x509.InvalidVersion) as error:
             raise ConfigError(f"keys: {directory}: {error}") from error
         if keys[0].public_key() != certificate.public_key():
             raise ConfigError(f"keys: {directory}: ca.key is not the key of ca.pem")

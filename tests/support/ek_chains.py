@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
-__all__ = ["HOSTILE", "PAST", "ROOT", "Ca", "Shown", "good", "line", "of_version", "under", "usage"]
+__all__ = ["HOSTILE", "PAST", "ROOT", "Ca", "Shown", "armoured", "good", "line", "of_version", "under", "usage"]
 
 EK_USE = x509.ObjectIdentifier("2.23.133.8.1")
 START = dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
@@ -145,6 +146,11 @@ def of_version(number: int, der: bytes) -> bytes:
     head = b"\xa0\x03\x02\x01\x02" if b"\xa0\x03\x02\x01" in der[:16] else b"\x02\x01\x00"
     assert head in der[:16]
     return der.replace(head, head[:-1] + bytes([number]), 1)
+
+
+def armoured(der: bytes) -> bytes:
+    """Return PEM of what may be a certificate."""
+    return b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(der) + b"-----END CERTIFICATE-----\n"
 
 
 def _self_signed(key: EkPrivate) -> Shown:

@@ -1,7 +1,6 @@
 """The door to the controller against who may stand behind it: another key, garbage, too much, nothing."""
 
 import asyncio
-import base64
 import socket
 import ssl
 
@@ -15,7 +14,7 @@ from agent.errors import ControllerError, VerificationError
 from agent.flows import controller as door
 from agent.flows.controller import ca_context, controller_origin, open_link, pinned_context
 from tests.support.controller import Ca, FakeController, pem, spki
-from tests.support.ek_chains import of_version
+from tests.support.ek_chains import armoured, of_version
 
 SECRET = b'{"secret":"not for everybody"}'
 LIMIT = 1000
@@ -99,7 +98,7 @@ class _OfNoVersion:
         self._der = of_version(7, certificate.public_bytes(Encoding.DER))
 
     def public_bytes(self, _encoding):
-        return b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(self._der) + b"-----END CERTIFICATE-----\n"
+        return armoured(self._der)
 
 
 async def test_who_shows_what_can_not_be_read_hears_nothing(controller):

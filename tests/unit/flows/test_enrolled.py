@@ -1,6 +1,5 @@
 """What is kept of an enrolment: either all of it or none, and nothing that was damaged is believed."""
 
-import base64
 import stat
 
 import pytest
@@ -11,6 +10,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from agent.errors import HostError, VerificationError
 from agent.flows.enrolled import EnrolmentStore, csr_for, new_key, public_spki_sha256
 from tests.support.controller import Ca, pem, private_key, spki
+from tests.support.ek_chains import armoured
 from tests.support.enrolment import identity_of
 
 KEY = ec.generate_private_key(ec.SECP256R1())
@@ -133,9 +133,8 @@ def test_a_certificate_with_a_flipped_bit_is_refused_by_name_or_says_the_same(id
     refused = 0
     for at in range(8 * len(der)):
         damaged = der[: at // 8] + bytes([der[at // 8] ^ 1 << at % 8]) + der[at // 8 + 1 :]
-        armour = b"-----BEGIN CERTIFICATE-----\n%s-----END CERTIFICATE-----\n" % base64.encodebytes(damaged)
         try:
-            built = identity.renewed(armour)
+            built = identity.renewed(armoured(damaged))
         except VerificationError as error:
             refused += str(error).startswith("enrolment: ")
             continue

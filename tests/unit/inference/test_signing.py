@@ -22,7 +22,7 @@ from agent.inference.signing import (
     verify_bundle,
 )
 from tests.support.ek_chains import Ca as EkCa
-from tests.support.ek_chains import of_version
+from tests.support.ek_chains import armoured, of_version
 from tests.support.models import DIGITAL_SIGNATURE, EPOCH, CertificateMaker, new_key, private_pem, public_pem
 
 FILES = {"model.onnx": "aa" * 32, "model.yaml": "bb" * 32, "sub/data.bin": "cc" * 32}
@@ -384,7 +384,7 @@ def test_trust_store_takes_keys_and_certificates_and_nothing_else():
     assert verify_bundle(_chain(ROOT.issue("Leaf")), FILES, trust).kind == "certificate"
     ed = ed25519.Ed25519PrivateKey.generate().public_key()
     pem = ed.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    for wrong in (pem, b"rubbish", b"", private_pem(KEY)):
+    for wrong in (pem, b"rubbish", b"", private_pem(KEY), armoured(of_version(7, EkCa("Signer").der()))):
         with pytest.raises(ConfigError, match="trusted signer"):
             TrustStore.from_pem(wrong)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from agent.errors import ConfigError, VerificationError
 from controller.trust.authority import Authority, request_key, spki_sha256
 from controller.trust.node_tls import certificate_spki, poll_context
-from tests.support.ek_chains import ROOT, of_version
+from tests.support.ek_chains import ROOT, armoured, of_version
 
 
 @pytest.fixture
@@ -39,6 +39,13 @@ def test_a_key_that_is_missing_or_damaged_is_a_configuration_error(authority, na
         Authority.load(authority.directory, "fleet.example")
     (authority.directory / name).unlink()
     with pytest.raises(ConfigError, match=name):
+        Authority.load(authority.directory, "fleet.example")
+
+
+def test_a_ca_of_no_version_is_a_configuration_error(authority):
+    """What the library calls by another name is one of the operator's files all the same."""
+    (authority.directory / "ca.pem").write_bytes(armoured(of_version(7, ROOT.der())))
+    with pytest.raises(ConfigError, match="keys"):
         Authority.load(authority.directory, "fleet.example")
 
 

@@ -1,6 +1,5 @@
 """Whose TPM it is: chains, keys, and the operator's lists."""
 
-import base64
 import datetime as dt
 
 import pytest
@@ -22,7 +21,7 @@ from controller.trust.endorsement import (
     parse_ek_public,
     verify_endorsement,
 )
-from tests.support.ek_chains import HOSTILE, PAST, ROOT, Ca, Shown, good, line, of_version, under, usage
+from tests.support.ek_chains import HOSTILE, PAST, ROOT, Ca, Shown, armoured, good, line, of_version, under, usage
 from tests.support.software_node import SoftwareNode
 
 MOMENT = dt.datetime(2026, 6, 1, tzinfo=dt.UTC)
@@ -258,7 +257,7 @@ def test_a_trust_store_that_is_none_is_a_configuration_error(tmp_path, monkeypat
         None,
         b"garbage",
         b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
-        _pem(of_version(7, ROOT.der())),
+        armoured(of_version(7, ROOT.der())),
     ):
         if content is not None:
             path.write_bytes(content)
@@ -271,10 +270,6 @@ def test_a_trust_store_that_is_none_is_a_configuration_error(tmp_path, monkeypat
     words.append(_config_error(load_roots, [str(path)]))
     assert all(f"enrolment.ek_roots: {path}: " in one for one in words)
     assert ["more than 2" in words[-2], "larger than" in words[-1]] == [True, True]
-
-
-def _pem(der):
-    return b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(der) + b"-----END CERTIFICATE-----\n"
 
 
 def _config_error(function, *args):
