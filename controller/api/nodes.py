@@ -41,7 +41,9 @@ def node_routes(joining: Joining, authority: Authority, limiter: Limiter, eviden
 
     async def complete(call: Call) -> EnrolGrant:
         limiter.admit(call.source)
-        return await joining.complete(call.request.match_info["enrolment"], call.body)
+        enrolment = await joining.take(call.request.match_info["enrolment"])
+        call.concerns(enrolment.node)
+        return await joining.complete(enrolment, call.body)
 
     async def challenge(call: Call) -> Challenge:
         return await joining.challenge(call.body.node)

@@ -7,6 +7,7 @@ Rules:
    audit log.
 3. Every answer is counted by its route and status, a call of a node that joins by the check that refused it, too.
 4. A body is read up to the route's limit and within :data:`BODY_TIMEOUT_S`; compressed bodies are not taken.
+5. A refusal's record names the node that the body speaks of, also where the body is refused for what else stands in it; it is the peer's word.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import structlog
 from aiohttp import web
 
 from agent import clock
-from agent.attest.enrolment import ENROL_PATH
+from agent.attest.enrolment import ENROL_PATH, NodeId
 from agent.errors import ConfigError, EdgeWardenError, HostError, PeerError, PolicyError, VerificationError
 from agent.records import Principal
 from controller.metrics import Figures
@@ -65,6 +66,10 @@ class Call:
         """Who asks, for the audit log."""
         return self.principal.id if self.principal else f"peer/{self.source}"
 
+    def concerns(self, node: str) -> None:
+        """Name the node in the record of a refusal, where neither path nor body do."""
+        self.request[_NODE] = node
+
     def text(self, name: str, default: str = "") -> str:
         """Return a query parameter."""
         return self.request.query.get(name, default)
@@ -103,6 +108,12 @@ class Route:
     limit_bytes: int = MAX_BODY_BYTES
     status: int = 200
     kind: str = ""
+
+
+class _Named(msgspec.Struct):
+    """What any body may say: of which node it speaks."""
+
+    node: NodeId = ""
 
 
 class Surface:
@@ -220,12 +231,15 @@ async def _body(request: web.Request, route: Route) -> Any:  # noqa: ANN401 -- o
                 parts.append(part)
     except TimeoutError:
         raise PeerError(408, "slow_body", f"the body did not come within {BODY_TIMEOUT_S} s") from None
+    whole = b"".join(parts)
     try:
-        body = msgspec.json.decode(b"".join(parts), type=route.body)
+        request[_NODE] = msgspec.json.decode(whole, type=_Named).node
+    except ValueError:
+        request[_NODE] = ""  # it names no node, or is refused as a whole by what follows
+    try:
+        return msgspec.json.decode(whole, type=route.body)
     except ValueError as error:
         raise PeerError(400, "encoding", f"the body is not what this call takes: {error}") from error
-    request[_NODE] = str(getattr(body, "node", None) or "")
-    return body
 
 
 def _peer_spki(request: web.Request) -> str | None:

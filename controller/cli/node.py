@@ -22,7 +22,7 @@ _HINTS = {
     "refused": "install the package again on the node: edgewarden model install",
     "config": "approve the configuration, or put the approved one back: edgewarden reference approve --config",
     "policy": "activate the assigned bundle on the node, or approve the one in force",
-    "boot-pcrs": "look into the change of firmware or kernel, then approve it: edgewarden reference approve --boot",
+    "boot-pcrs": "look into the change of firmware or kernel, then approve it: edgewarden reference approve --boot PCR=pinned:VALUE",
     "boot-aggregate": "reboot the node; if it stays, firmware changes PCRs after the agent has started",
     "clock": "wait some minutes; if the TPM was cleared: edgewarden node release, then enrol again",
     "log-replay": "the log does not fit the TPM: look into the node, then reboot it",

@@ -115,15 +115,22 @@ class Joining:
         moment = dt.datetime.fromtimestamp(clock.now(), dt.UTC)
         return verify_endorsement(request.ek_certificate, request.ek_chain, request.ek_public, self.roots, moment)
 
-    async def complete(self, name: str, proof: EnrolProof) -> EnrolGrant:
+    async def take(self, name: str) -> Enrolment:
+        """Use up what a first call has begun; whatever the second call shows, there is no third.
+
+        Raises:
+            PeerError: 404, when there is no such enrolment or its time is over.
+        """
+        async with self.database.begin() as connection:
+            return await joining.take_enrolment(connection, name, clock.now_us())
+
+    async def complete(self, enrolment: Enrolment, proof: EnrolProof) -> EnrolGrant:
         """Second call.
 
         Raises:
-            PeerError, VerificationError: as :meth:`begin`; the enrolment is used up all the same.
+            PeerError, VerificationError: as :meth:`begin`.
         """
         now_us = clock.now_us()
-        async with self.database.begin() as connection:
-            enrolment = await joining.take_enrolment(connection, name, now_us)
         # 6. One TPM.
         if not hmac.compare_digest(hashlib.sha256(proof.secret).hexdigest(), enrolment.secret_sha256):
             raise VerificationError("credential", "the secret is not the one in the credential")
