@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import sys
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -28,6 +29,7 @@ from tests.support.software_node import SoftwareNode, Vendor
 
 pytestmark = pytest.mark.integration
 VENDOR = Vendor()
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "controller.md"
 METRICS = {"listen": "127.0.0.1:0"}
 
 
@@ -79,6 +81,8 @@ async def test_the_figures_are_those_of_what_happened(config):
         await eventually(away)
         found = await _samples(office.metrics)
     assert found["ready",] == 1
+    written = set(re.findall(r"\bedgewarden_controller_(\w+)", GUIDE.read_text()))
+    assert written <= {name for name, *_ in found}
     assert found["unreachable_total",] >= 1
     assert found["appraisals_total", ("status", "affirming")] == found["appraisal_seconds_count",] >= 3
     assert found["appraisal_seconds_sum",] > 0
