@@ -3,7 +3,7 @@
 Rules:
 
 1. The first task that fails stops the process; the service manager starts it again, and nothing that was acknowledged is lost.
-2. A replica says in the database that it lives; the others notice when it does not any more.
+2. A replica says in the database that it lives, and that it ends; the others notice when it does neither any more.
 3. Health and metrics are served before the rest, so that what keeps the rest from its work can be asked for.
 """
 
@@ -22,6 +22,7 @@ from typing import Any
 
 import structlog
 from aiohttp import web
+from cryptography import x509
 
 from agent import clock
 from agent.errors import ConfigError, HostError
@@ -53,6 +54,7 @@ __all__ = ["Controller", "run"]
 HEARTBEAT_S = 5.0
 HANDSHAKE_S = 10.0
 SHUTDOWN_S = 10.0
+LEAVE_S = 3.0
 _log = structlog.get_logger(__name__)
 
 
@@ -92,7 +94,8 @@ class Controller:
             poller = Poller(database, appraiser, authority, settings.poll)
             deliverer = Deliverer(database, settings.nats)
             watch = Watch(database, poller, settings.poll, self._notifier)
-            await self._serve_metrics(stack, watch, ReplicaMetrics(figures, poller.counts, deliverer, database, watch))
+            metrics = ReplicaMetrics(figures, poller.counts, deliverer, database, watch, _expiries(authority))
+            await self._serve_metrics(stack, watch, metrics)
             join = Joining(database, appraiser, authority, settings, roots, allowlist)
             routes = [
                 *node_routes(join, authority, Limiter(settings.enrolment.per_minute), settings.poll.max_evidence_bytes),
@@ -122,6 +125,8 @@ class Controller:
                 watch.stop()
                 for task in tasks:
                     task.cancel()
+                await asyncio.wait(tasks)
+                await self._leave(database)
 
     async def _serve(
         self, stack: contextlib.AsyncExitStack, application: web.Application, context: ssl.SSLContext
@@ -157,6 +162,19 @@ class Controller:
             except StoreError as error:
                 _log.error("database_lost", error=str(error))
             await asyncio.sleep(HEARTBEAT_S)
+
+    async def _leave(self, database: Database) -> None:
+        try:
+            async with asyncio.timeout(LEAVE_S), database.begin() as connection:
+                await replicas.leave(connection, self.id)
+        except (StoreError, TimeoutError) as error:  # the others will take it for lost, which is all that it costs
+            _log.warning("departure_not_noted", error=str(error))
+
+
+def _expiries(authority: Authority) -> dict[str, float]:
+    server = x509.load_pem_x509_certificate(authority.server_files[0].read_bytes())
+    certificates = {"ca.pem": authority.certificate, "server.pem": server}
+    return {name: certificate.not_valid_after_utc.timestamp() for name, certificate in certificates.items()}
 
 
 def _description(routes: list[Route], url: str) -> Route:

@@ -36,7 +36,7 @@ __all__ = [
     "split_listen",
 ]
 
-DEFAULT_CONFIG = Path("/etc/edgewarden/controller.yaml")
+DEFAULT_CONFIG = Path("/etc/edgewarden-controller/controller.yaml")
 MAX_CONFIG_BYTES = 256 * 1024
 MAX_PORT = 65_535
 _SQLITE = "sqlite+aiosqlite"

@@ -31,7 +31,9 @@ __all__ = [
 ]
 
 Name = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._-]{1,64}\Z")]
-_Label = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+# Names and values of labels go into the audit log, whose canonical form has ASCII keys, and to terminals, which obey control characters.
+_Label = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,64}\Z")]
+_LabelValue = Annotated[str, msgspec.Meta(pattern=r"\A[^\x00-\x1f\x7f-\x9f]{1,64}\Z")]
 Role = Literal["viewer", "operator", "approver"]
 
 
@@ -44,7 +46,7 @@ class TokenRequest(Request, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     group: Name = "default"
     node: NodeId | None = None
-    labels: Annotated[dict[_Label, _Label], msgspec.Meta(max_length=32)] = {}
+    labels: Annotated[dict[_Label, _LabelValue], msgspec.Meta(max_length=32)] = {}
     valid_s: Annotated[int, msgspec.Meta(ge=60, le=30 * 86_400)] = 86_400
 
 

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import socket
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
@@ -41,13 +43,18 @@ _Labels = TypeVar("_Labels", bound=tuple[str, ...])
 
 @dataclass(frozen=True, slots=True, eq=False)  # a registry keeps collectors by identity
 class ReplicaMetrics(Collector):
-    """All that this replica has to say about itself and the fleet."""
+    """All that this replica has to say about itself and the fleet.
+
+    Attributes:
+        until_s: when the controller's own certificates expire, in seconds since the epoch, by the name of their files.
+    """
 
     figures: Figures
     polls: PollCounts
     deliverer: Deliverer
     database: Database
     watch: Watch
+    until_s: Mapping[str, float]
 
     def collect(self) -> Iterable[Metric]:
         """Give Prometheus what there is."""
@@ -62,7 +69,12 @@ class ReplicaMetrics(Collector):
         yield _tally("calls", "Answers to nodes and operators, by route and status", self.figures.calls)
         yield _tally("deliveries", "Attempts to deliver an event, by outcome", self.deliverer.counts)
         yield _counter("database_errors", "Transactions that the database failed", self.database.errors)
+        until = {(name,): value for name, value in self.until_s.items()}
+        yield _gauge(
+            "certificate_until_seconds", "When a certificate of the controller's own expires", until, "certificate"
+        )
         yield from self._sampled()
+        yield from _process()
 
     def _sampled(self) -> Iterator[Metric]:
         """What the database said last; it is the fleet's, and the same from every replica."""
@@ -84,8 +96,18 @@ class ReplicaMetrics(Collector):
         """Return the text that Prometheus scrapes."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
-        ProcessCollector(registry=registry)
         return generate_latest(registry)
+
+
+def _process() -> Iterator[Metric]:
+    """This process, under the names that Prometheus' own clients use; they want /proc/stat, which the unit hides."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    yield CounterMetricFamily("process_cpu_seconds", "CPU time", value=used.ru_utime + used.ru_stime)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    yield GaugeMetricFamily("process_resident_memory_bytes", "Memory", value=pages * resource.getpagesize())
+    yield GaugeMetricFamily("process_open_fds", "Descriptors", value=sum(1 for _ in Path("/proc/self/fd").iterdir()))
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield GaugeMetricFamily("process_max_fds", "Most descriptors", value=limit)
 
 
 def _gauge(name: str, words: str, values: Mapping[_Labels, float], *labels: str) -> Metric:

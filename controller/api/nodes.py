@@ -57,19 +57,19 @@ def node_routes(joining: Joining, authority: Authority, limiter: Limiter, eviden
     return [
         Route(
             "POST", ENROL_PATH, "Show a TPM's keys; get a credential for it", begin,
-            body=EnrolRequest, answer=EnrolChallenge, limit_bytes=MAX_ENROL_BYTES, kind="node.enrol",
+            body=EnrolRequest, answer=EnrolChallenge, limit_bytes=MAX_ENROL_BYTES, kind="node.enrol", refusals=(403, 409, 422, 429),
         ),
         Route(
             "POST", ENROL_PATH + "/{enrolment}", "Show the opened credential and the first Evidence", complete,
-            body=EnrolProof, answer=EnrolGrant, limit_bytes=limit, kind="node.enrol",
+            body=EnrolProof, answer=EnrolGrant, limit_bytes=limit, kind="node.enrol", refusals=(403, 409, 422, 429),
         ),
         Route(
             "POST", CHALLENGE_PATH, "Get a nonce for pushed Evidence", challenge,
-            body=ChallengeRequest, answer=Challenge, limit_bytes=1024, kind="node.push",
+            body=ChallengeRequest, answer=Challenge, limit_bytes=1024, kind="node.push", refusals=(404,),
         ),
         Route(
             "POST", EVIDENCE_PATH, "Push Evidence; renew a certificate", evidence,
-            body=PushedEvidence, answer=PushAnswer, limit_bytes=limit, kind="node.push",
+            body=PushedEvidence, answer=PushAnswer, limit_bytes=limit, kind="node.push", refusals=(404, 409, 422),
         ),
         Route("GET", "/.well-known/jwks.json", "Keys that verify Attestation Results", jwks, answer=dict[str, list[dict[str, str]]]),
     ]  # fmt: skip

@@ -47,6 +47,9 @@ __all__ = ["Operators"]
 
 MAX_PAGE = 1000
 MAX_NAME_CHARS = 64
+LIMIT = {"type": "integer", "minimum": 0, "maximum": MAX_PAGE}
+NUMBER = {"type": "integer", "minimum": 0, "maximum": 2**53 - 1}
+TEXT = {"type": "string"}
 Rows: TypeAlias = list[dict[str, Any]]
 _TOKEN_SECRET_BYTES = 32
 
@@ -66,28 +69,28 @@ class Operators:
         group = "/v1/groups/{group}"
         node = "/v1/nodes/{node}"
         return [
-            Route("GET", "/v1/nodes", "List nodes, by name", self.list_nodes, "node.list", answer=Page),
+            Route("GET", "/v1/nodes", "List nodes, by name", self.list_nodes, "node.list", answer=Page, query={"limit": LIMIT, "group": TEXT, "after": TEXT}),
             Route("GET", node, "Show a node", self.show_node, "node.show", answer=ShownNode),
-            Route("GET", node + "/results", "A node's history", self.history, "node.show", answer=list[Result]),
+            Route("GET", node + "/results", "A node's history", self.history, "node.show", answer=list[Result], query={"limit": LIMIT}),
             Route("GET", node + "/result", "The last Attestation Result, as a JWT", self.result, "node.show", answer=dict[str, str]),
-            Route("POST", node + "/poll", "Appraise a node now", self.poll, "node.poll", answer=Result),
+            Route("POST", node + "/poll", "Appraise a node now", self.poll, "node.poll", answer=Result, refusals=(409, 502)),
             Route("PUT", node + "/interval", "Say how often a node is polled", self.node_interval, "node.interval", body=NodeInterval, answer=NodeInterval),
             Route("DELETE", node, "Release a node, so that it can enrol again", self.release, "node.release", answer=dict[str, str]),
-            Route("GET", "/v1/tokens", "List join tokens", self.list_tokens, "token.list", answer=Rows),
-            Route("POST", "/v1/tokens", "Make a join token", self.make_token, "token.create", body=TokenRequest, answer=TokenGrant, status=201),
+            Route("GET", "/v1/tokens", "List join tokens", self.list_tokens, "token.list", answer=Rows, query={"limit": LIMIT}),
+            Route("POST", "/v1/tokens", "Make a join token", self.make_token, "token.create", body=TokenRequest, answer=TokenGrant, status=201, refusals=(404,)),
             Route("GET", "/v1/groups", "List groups", self.list_groups, "reference.list", answer=Rows),
             Route("PUT", group + "/interval", "Say how often a group's nodes are polled", self.group_interval, "node.interval", body=Interval, answer=Interval),
-            Route("GET", group + "/references", "List versions of Reference Values", self.versions, "reference.list", answer=Rows),
+            Route("GET", group + "/references", "List versions of Reference Values", self.versions, "reference.list", answer=Rows, query={"limit": LIMIT}),
             Route("GET", group + "/references/{version}", "Show Reference Values", self.reference, "reference.list", answer=ReferenceValues),
-            Route("POST", group + "/references", "Approve", self.approve, "reference.approve", body=Approval, answer=Change, limit_bytes=4 << 20, status=201),
-            Route("POST", group + "/withdrawals", "Withdraw an approval", self.withdraw, "reference.withdraw", body=Withdrawal, answer=Change, status=201),
+            Route("POST", group + "/references", "Approve", self.approve, "reference.approve", body=Approval, answer=Change, limit_bytes=4 << 20, status=201, refusals=(422,)),
+            Route("POST", group + "/withdrawals", "Withdraw an approval", self.withdraw, "reference.withdraw", body=Withdrawal, answer=Change, status=201, refusals=(422,)),
             Route("GET", "/v1/admins", "List admins", self.list_admins, "admin.list", answer=list[Admin]),
-            Route("POST", "/v1/admins", "Make an admin", self.make_admin, "admin.create", body=AdminRequest, answer=AdminCertificate, status=201),
+            Route("POST", "/v1/admins", "Make an admin", self.make_admin, "admin.create", body=AdminRequest, answer=AdminCertificate, status=201, refusals=(409, 422)),
             Route("DELETE", "/v1/admins/{name}", "Revoke an admin", self.revoke_admin, "admin.revoke", answer=dict[str, str]),
             Route("GET", "/v1/hooks", "List webhooks", self.list_hooks, "hook.list", answer=list[outbox.HookRecord]),
-            Route("POST", "/v1/hooks", "Make a webhook", self.make_hook, "hook.create", body=HookRequest, answer=HookGrant, status=201),
+            Route("POST", "/v1/hooks", "Make a webhook", self.make_hook, "hook.create", body=HookRequest, answer=HookGrant, status=201, refusals=(409,)),
             Route("DELETE", "/v1/hooks/{hook}", "Remove a webhook", self.delete_hook, "hook.delete", answer=dict[str, str]),
-            Route("GET", "/v1/audit", "Read the audit log", self.read_audit, "audit.read", answer=Rows),
+            Route("GET", "/v1/audit", "Read the audit log", self.read_audit, "audit.read", answer=Rows, query={"from": NUMBER, "limit": LIMIT}),
             Route("GET", "/v1/audit/head", "Size and root of the audit log", self.audit_head, "audit.read", answer=audit.AuditHead),
             Route("GET", "/v1/audit/proofs/{sequence}", "A record with its inclusion proof", self.prove, "audit.read", answer=dict[str, Any]),
         ]  # fmt: skip

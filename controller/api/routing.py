@@ -13,8 +13,8 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import msgspec
@@ -83,7 +83,7 @@ class Call:
         value = self.request.query.get(name)
         if value is None:
             return default
-        if not (value.isascii() and value.isdigit() and len(value) < 16 and int(value) <= most):  # noqa: PLR2004 -- digits
+        if not (value.isascii() and value.isdigit() and len(value) <= len(str(most)) and int(value) <= most):
             raise PeerError(400, "query", f"{name}: a number from 0 to {most}")
         return int(value)
 
@@ -96,6 +96,8 @@ class Route:
         action: what an operator must be allowed; None: for nodes or for everybody.
         body, answer: types of the documents, None for none.
         kind: of the audit record when it is refused; empty: refusals are not recorded.
+        query: JSON Schemas of its query parameters, none of which is demanded.
+        refusals: statuses besides those that follow from the fields above.
     """
 
     method: str
@@ -108,6 +110,8 @@ class Route:
     limit_bytes: int = MAX_BODY_BYTES
     status: int = 200
     kind: str = ""
+    query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    refusals: tuple[int, ...] = ()
 
 
 class _Named(msgspec.Struct):
@@ -169,6 +173,7 @@ class Surface:
                 if route.action is not None:
                     principal = await self._identify(request, spki)
                     self._authorizer.require(principal, route.action)
+                _check_text(request)
                 body = await _body(request, route)
                 answer = await route.handler(Call(request, principal, body, spki, source))
             except EdgeWardenError as error:
@@ -213,6 +218,17 @@ class Surface:
                 await audit.append(connection, entry)
         except StoreError as failure:
             _log.error("refusal_not_recorded", error=str(failure))
+
+
+def _check_text(request: web.Request) -> None:
+    """Refuse what no name holds and not every database takes.
+
+    Raises:
+        PeerError: 400.
+    """
+    for value in (*request.match_info.values(), *request.query.values()):
+        if not value.isprintable():
+            raise PeerError(400, "text", "a path or a query parameter holds a character that can't be printed")
 
 
 async def _body(request: web.Request, route: Route) -> Any:  # noqa: ANN401 -- of the route's type

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent import clock
 from agent.config import read_environment
-from agent.errors import ConfigError
+from agent.errors import ConfigError, EdgeWardenError
 from agent.host.notify import Notifier
 from controller.cli.client import write_admin
 from controller.cli.status import command as status
@@ -27,6 +27,7 @@ __all__ = ["command"]
 
 FIRST_ADMIN_S = 90 * 86_400
 _CONFIG = click.Path(path_type=Path, dir_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False, exists=True, resolve_path=True)
 
 
 @click.group()
@@ -75,8 +76,10 @@ def run(*, config: Path, schema: bool, check: bool) -> None:
 @click.option("--name", "names", multiple=True, help="More DNS names or addresses for the certificate; repeatable.")
 @click.option("--trust-domain", default="edgewarden.internal", show_default=True, help="Of the SPIFFE IDs.")
 @click.option("--database", help="postgresql+asyncpg://USER@HOST/NAME for several replicas; default: an SQLite file.")
-@click.option("--database-password-file", help="File that holds PostgreSQL's password, where that asks for one.")
-@click.option("--database-ca", help="PEM file of the CAs that PostgreSQL's certificate is verified with.")
+@click.option(
+    "--database-password-file", type=_FILE, help="File that holds PostgreSQL's password, where that asks for one."
+)
+@click.option("--database-ca", type=_FILE, help="PEM file of the CAs that PostgreSQL's certificate is verified with.")
 @click.option("--metrics", help="Loopback ADDRESS:PORT for health and metrics; default: none.")
 @click.option("--admin", "admin", default="root", show_default=True, help="Name of the first admin, an approver.")
 def init(
@@ -87,8 +90,8 @@ def init(
     names: tuple[str, ...],
     trust_domain: str,
     database: str | None,
-    database_password_file: str | None,
-    database_ca: str | None,
+    database_password_file: Path | None,
+    database_ca: Path | None,
     metrics: str | None,
     admin: str,
 ) -> None:
@@ -103,21 +106,39 @@ def init(
     path = directory / "controller.yaml"
     if path.exists():
         raise ConfigError(f"{path}: there is a controller already")
-    authority = Authority.create(directory / "keys", trust_domain, [host, *names])
     document: dict[str, Any] = {"listen": listen, "url": url, "trust_domain": trust_domain, "keys": "keys"}
     store = {"url": database, "password_file": database_password_file, "ca": database_ca}
     if any(store.values()):
-        document["database"] = {name: value for name, value in store.items() if value}
+        document["database"] = {name: str(value) for name, value in store.items() if value}
     if metrics:
         document["metrics"] = {"listen": metrics}
-    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    settings = _write_settings(path, document)
+    try:
+        asyncio.run(_migrate(settings))  # what the database has against it shows before there are keys
+        authority = Authority.create(directory / "keys", trust_domain, [host, *names])
+    except EdgeWardenError:
+        path.unlink()  # so that it can be tried again
+        raise
     key = ec.generate_private_key(ec.SECP256R1())
     issued = authority.issue(f"admin/{admin}", admin, key.public_key(), FIRST_ADMIN_S)
-    asyncio.run(_first_admin(load(path), admin, issued.spki_sha256, issued.until_us))
+    asyncio.run(_first_admin(settings, admin, issued.spki_sha256, issued.until_us))
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     write_admin(directory / "admin", url=url, ca=authority.ca_pem, certificate=issued.pem, key=pem)
     click.echo(f"settings  {path}\nadmin     {directory / 'admin'} ({admin}, approver; give it to --admin)")
     click.echo(f"start     edgewarden controller run --config {path}")
+
+
+def _write_settings(path: Path, document: dict[str, Any]) -> Settings:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(document, sort_keys=False))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    try:
+        return load(path)
+    except ConfigError:
+        path.unlink()
+        raise
 
 
 @command.command()

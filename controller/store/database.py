@@ -21,6 +21,7 @@ from typing import Any
 import asyncpg
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -86,6 +87,9 @@ class Database:
             try:
                 async with database.begin() as connection:
                     await connection.run_sync(_upgrade)
+            except CommandError as error:
+                await database.close()
+                raise StoreError(f"database: its tables are not of this program's line of versions: {error}") from error
             except BaseException:
                 await database.close()
                 raise

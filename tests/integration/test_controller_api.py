@@ -309,6 +309,23 @@ def test_a_controller_is_not_made_twice(config):
         _invoke(service.command, "init", config.parent, "--url", "https://localhost:1")
 
 
+def test_a_start_that_failed_can_be_tried_again(tmp_path):
+    """A database that is not there or settings that are none leave neither keys nor settings behind."""
+    home = tmp_path / "c"
+    for option, words in (
+        (("--database", f"sqlite+aiosqlite:///{tmp_path}/none/c.db"), "No such file"),
+        (("--database", "mysql://x/y"), "begins with"),
+        (("--metrics", "0.0.0.0:1"), "not a loopback address"),
+    ):
+        with pytest.raises((ConfigError, HostError), match=words):
+            _invoke(service.command, "init", home, "--url", "https://localhost:1", *option)
+        assert list(home.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"exists|Not a directory"):
+        _invoke(service.command, "init", tmp_path / "file" / "c", "--url", "https://localhost:1")
+    assert _invoke(service.command, "init", home, "--url", "https://localhost:1").exit_code == 0
+
+
 def test_settings_are_checked(config, tmp_path):
     """What is unknown, unreadable or of the wrong kind is named; the schema can be printed."""
     assert "valid" in _invoke(service.command, "run", "--config", config, "--check").output

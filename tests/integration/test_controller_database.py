@@ -122,6 +122,7 @@ async def test_a_role_that_may_change_rows_alone_is_enough(postgres, tmp_path):
         await connection.exec_driver_sql(
             f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {name}"
         )
+        await connection.exec_driver_sql(f"REVOKE UPDATE, DELETE ON audit FROM {name}")
         await connection.exec_driver_sql(f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {name}")
     await owner.close()
     config = await asyncio.to_thread(controller_home, tmp_path, VENDOR.pem(), "--database", rows)
@@ -131,9 +132,15 @@ async def test_a_role_that_may_change_rows_alone_is_enough(postgres, tmp_path):
         assert (await office.node("edge-1"))["status"] == "affirming"
         assert len(await office.records("node.enrol")) == 1
     database = await Database.open(DatabaseSettings(url=rows))
-    with pytest.raises(StoreError, match="must be owner"):
-        async with database.begin() as connection:
-            await connection.exec_driver_sql("DROP TABLE audit")
+    for statement, words in (
+        ("DROP TABLE audit", "must be owner"),
+        ("DELETE FROM audit", "permission denied"),
+        ("UPDATE audit SET record = 'x'", "permission denied"),
+        ("CREATE TABLE more (id int)", "permission denied"),
+    ):
+        with pytest.raises(StoreError, match=words):
+            async with database.begin() as connection:
+                await connection.exec_driver_sql(statement)
     await database.close()
 
 

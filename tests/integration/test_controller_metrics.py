@@ -6,12 +6,15 @@ import json
 import re
 import socket
 import sys
+from pathlib import Path
 
 import aiohttp
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import select
 
+from agent import clock
 from agent.errors import ConfigError
 from agent.host.notify import Notifier
 from controller.api.metrics import MAX_CONNECTIONS
@@ -19,12 +22,15 @@ from controller.flows import watching
 from controller.flows.polling import Poller
 from controller.service import Controller
 from controller.settings import load
+from controller.store.database import Database
+from controller.store.schema import replicas
 from tests.support.controller_service import controller_home, desk, eventually
 from tests.support.postgres import binaries, postgres_server
 from tests.support.software_node import SoftwareNode, Vendor
 
 pytestmark = pytest.mark.integration
 VENDOR = Vendor()
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "controller.md"
 METRICS = {"listen": "127.0.0.1:0"}
 
 
@@ -76,6 +82,8 @@ async def test_the_figures_are_those_of_what_happened(config):
         await eventually(away)
         found = await _samples(office.metrics)
     assert found["ready",] == 1
+    written = set(re.findall(r"\bedgewarden_controller_(\w+)", GUIDE.read_text()))
+    assert written <= {name for name, *_ in found}
     assert found["unreachable_total",] >= 1
     assert found["appraisals_total", ("status", "affirming")] == found["appraisal_seconds_count",] >= 3
     assert found["appraisal_seconds_sum",] > 0
@@ -92,8 +100,28 @@ async def test_the_figures_are_those_of_what_happened(config):
     (beat,) = (value for (name, *_), value in found.items() if name == "replica_heartbeat_age_seconds")
     assert beat < watching.STALE_S
     assert found["database_errors_total",] == 0
+    assert clock.now() < found["certificate_until_seconds", ("certificate", "server.pem")]
+    assert (
+        found["certificate_until_seconds", ("certificate", "server.pem")]
+        < found["certificate_until_seconds", ("certificate", "ca.pem")]
+    )
     assert found["process_resident_memory_bytes",] > 0
     assert found["process_cpu_seconds_total",] > 0
+    assert 0 < found["process_open_fds",] < found["process_max_fds",]
+
+
+async def test_a_replica_that_ends_as_asked_is_forgotten(config):
+    """Its place in the list of replicas is empty, so the next one reports no loss."""
+    async with desk(config) as office:
+
+        async def listed():
+            return [key for key in await _samples(office.metrics) if key[0] == "replica_heartbeat_age_seconds"]
+
+        await eventually(listed)
+    database = await Database.open(load(config).database)
+    async with database.begin() as connection:
+        assert (await connection.execute(select(replicas))).all() == []
+    await database.close()
 
 
 async def test_no_label_holds_what_a_peer_chose(config):
@@ -166,8 +194,6 @@ class _Still(Poller):
 async def test_polling_that_pauses_or_stands_still_is_no_readiness(config, monkeypatch):
     """Each reason is named: nothing seen yet, paused, standing still, stopping; and a silence of the database."""
     settings = load(config)
-    from controller.store.database import Database  # noqa: PLC0415 -- one use
-
     database = await Database.open(settings.database)
     poller = _Still()
     watch = watching.Watch(database, poller, settings.poll, Notifier(None))
