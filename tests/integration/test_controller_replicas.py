@@ -1,16 +1,10 @@
 """Two replicas on one PostgreSQL: they share the fleet, and the death of one is no matter."""
 
-import asyncio
-import contextlib
-import json
-import os
-import signal
-import sys
 import time
 
 import pytest
 
-from tests.support.controller_service import controller_home, desk, eventually
+from tests.support.controller_service import ControllerProcess, controller_home, desk, eventually
 from tests.support.software_node import SoftwareNode, Vendor
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -26,30 +20,6 @@ def config(tmp_path, postgres_url):
     return controller_home(tmp_path, VENDOR.pem(), "--database", postgres_url, poll=poll)
 
 
-@contextlib.asynccontextmanager
-async def replica(config):
-    """A second controller, as a process of its own."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "agent.cli", "controller", "run", "--config", str(config)),
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        assert process.stderr is not None
-        while line := await process.stderr.readline():
-            if json.loads(line).get("event") == "serving":
-                break
-        drain = asyncio.create_task(process.stderr.read())
-        yield process
-        if process.returncode is None:
-            process.terminate()
-        await drain
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-
-
 async def test_a_killed_replica_costs_no_node_a_poll_and_none_two(config):
     """However the two share the work, a node is asked at most once an interval; after a kill -9 every node goes on being asked."""
     nodes = [SoftwareNode(id=f"edge-{number}", vendor=VENDOR) for number in range(NODES)]
@@ -60,14 +30,14 @@ async def test_a_killed_replica_costs_no_node_a_poll_and_none_two(config):
             begin = time.monotonic()
             for node in nodes:
                 await node.enrol(office.anyone, office.url, await office.token())
-            async with replica(config) as other:
+            async with ControllerProcess(config) as other:
 
                 async def all_twice():
                     return all(len(node.asked) >= 2 for node in nodes)
 
                 await eventually(all_twice)
-                os.kill(other.pid, signal.SIGKILL)
-                await other.wait()
+                other.kill()
+                assert await other.wait() == -9
                 asked = [len(node.asked) for node in nodes]
 
                 async def all_twice_more():
