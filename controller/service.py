@@ -3,7 +3,7 @@
 Rules:
 
 1. The first task that fails stops the process; the service manager starts it again, and nothing that was acknowledged is lost.
-2. A replica says in the database that it lives; the others notice when it does not any more.
+2. A replica says in the database that it lives; the others notice when it does not any more, unless it has ended in order.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from controller.flows.appraising import Appraiser
 from controller.flows.deliver import Deliverer
 from controller.flows.joining import Joining
 from controller.flows.polling import Poller
+from controller.flows.presence import Presence
 from controller.settings import Settings
 from controller.store import joining as joining_store
-from controller.store import replicas
 from controller.store.database import Database, StoreError
 from controller.trust.authority import Authority
 from controller.trust.authorize import Authorizer
@@ -81,14 +81,17 @@ class Controller:
             tokens = OidcReader(settings.oidc).read if settings.oidc else None
             surface = Surface(database, Authorizer(), tokens)
             await self._serve(stack, surface.application(routes), context)
+            name = f"{socket.gethostname()}:{os.getpid()}"
+            presence = Presence(database, self.id, name, nats=settings.nats is not None)
             async with asyncio.TaskGroup() as group:
                 deliverer = Deliverer(database, settings.nats)
-                work = (poller.run(), deliverer.run(), self._keep_house(database))
+                work = (poller.run(), deliverer.run(), self._keep_house(database, presence))
                 tasks = [group.create_task(one) for one in work]
                 _log.info("serving", port=self.port, replica=self.id, version=__version__)
                 yield group
                 for task in tasks:
                     task.cancel()
+            await presence.leave()
 
     async def _serve(
         self, stack: contextlib.AsyncExitStack, application: web.Application, context: ssl.SSLContext
@@ -105,16 +108,13 @@ class Controller:
         site = web.SockSite(runner, sock, ssl_context=context)
         await site.start()
 
-    async def _keep_house(self, database: Database) -> None:
+    async def _keep_house(self, database: Database, presence: Presence) -> None:
         """Say that this replica lives, notice those that do not, delete what has expired."""
-        name = f"{socket.gethostname()}:{os.getpid()}"
         while True:
             try:
+                await presence.beat()
                 async with database.begin() as connection:
-                    lost = await replicas.beat(connection, self.id, name, clock.now_us())
                     await joining_store.sweep(connection, clock.now_us())
-                for other in lost:
-                    _log.error("replica_lost", replica=other)
             except StoreError as error:
                 _log.error("database_lost", error=str(error))
             await asyncio.sleep(HEARTBEAT_S)

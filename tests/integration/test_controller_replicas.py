@@ -1,10 +1,20 @@
 """Two replicas on one PostgreSQL: they share the fleet, and the death of one is no matter."""
 
+import asyncio
+import json
+import os
+import socket
 import time
 
 import pytest
+from sqlalchemy import select
 
+from controller.service import HEARTBEAT_S
+from controller.settings import load
+from controller.store.database import Database
+from controller.store.schema import replicas
 from tests.support.controller_service import ControllerProcess, controller_home, desk, eventually
+from tests.support.receiver import Receiver
 from tests.support.software_node import SoftwareNode, Vendor
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -51,3 +61,49 @@ async def test_a_killed_replica_costs_no_node_a_poll_and_none_two(config):
     finally:
         for runner in runners:
             await runner.cleanup()
+
+
+@pytest.mark.timeout(200)
+async def test_the_loss_of_a_replica_is_told_once(config):
+    """One of the survivors writes a record and an event about the killed one, once; a replica that ended in order is not lost."""
+    async with (
+        Receiver().serving() as receiver,
+        desk(config) as office,
+        ControllerProcess(config) as survivor,
+        ControllerProcess(config) as killed,
+        ControllerProcess(config) as ended,
+    ):
+        await office.call("POST", "/v1/hooks", {"url": receiver.url, "kinds": ["controller.replica_lost"]}, expect=201)
+        everybody = hosts(survivor, killed, ended)
+
+        async def all_known():
+            return await names(config) == everybody
+
+        await eventually(all_known)
+        killed.kill()
+        await ended.stop()
+        lost = f"{socket.gethostname()}:{killed.pid}"
+        (got,) = await receiver.wait_for(1)
+        # Whoever else would tell it has looked meanwhile: each looks every 5 s.
+        await asyncio.sleep(2 * HEARTBEAT_S)
+        (record,) = await office.records("controller.replica_lost")
+        assert len(receiver.got) == 1
+        event = json.loads(got.body)
+        assert (event["kind"], event["replica"], event["node"]) == ("controller.replica_lost", lost, "")
+        assert (record["outcome"], record["detail"]) == ("failed", {name: event[name] for name in record["detail"]})
+        assert event["noticed_by"] in hosts(survivor)
+        assert await names(config) == hosts(survivor)
+
+
+def hosts(*others):
+    """The names of replicas; this process runs one too."""
+    return {f"{socket.gethostname()}:{pid}" for pid in (os.getpid(), *(other.pid for other in others))}
+
+
+async def names(config):
+    database = await Database.open(load(config).database)
+    try:
+        async with database.begin() as connection:
+            return set(await connection.scalars(select(replicas.c.name)))
+    finally:
+        await database.close()

@@ -142,6 +142,11 @@ class ControllerProcess:
     def url(self) -> str:
         return f"https://localhost:{self.logged('serving')[-1]['port']}"
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def logged(self, event: str) -> list[dict[str, Any]]:
         return [line for line in self.log if line["event"] == event]
 
