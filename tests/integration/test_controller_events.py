@@ -15,7 +15,7 @@ from agent import clock
 from controller.flows import deliver
 from controller.flows.deliver import Deliverer
 from controller.settings import DatabaseSettings
-from controller.store import outbox
+from controller.store import hooks as hook_store
 from controller.store.database import Database
 from controller.store.schema import deliveries
 from tests.support.outbox import KIND, add_hook, emit, make_due, only_hook, running, sqlite, until
@@ -145,7 +145,7 @@ async def test_slow_receiver_holds_up_nobody(
         async with asyncio.timeout(30):
             while True:
                 async with database.begin() as connection:
-                    first, second = await outbox.list_hooks(connection)
+                    first, second = await hook_store.list_hooks(connection)
                 if first.error is not None and second.pending == 0:
                     break
                 await asyncio.sleep(0.05)
@@ -210,7 +210,7 @@ async def test_removed_hook_gets_nothing(database: Database, receiver: Receiver)
     kept = await add_hook(database, receiver.url + "/kept")
     await emit(database)
     async with database.begin() as connection:
-        await outbox.delete_hook(connection, removed.id)
+        await hook_store.delete_hook(connection, removed.id)
     await emit(database)
     async with running(Deliverer(database)):
         await receiver.wait_for(2)

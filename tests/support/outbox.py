@@ -11,9 +11,10 @@ from sqlalchemy import Row, select, update
 from agent import clock
 from controller.flows.deliver import Deliverer
 from controller.settings import DatabaseSettings
+from controller.store import hooks as hook_store
 from controller.store import outbox
 from controller.store.database import Database
-from controller.store.outbox import HookRecord, NewHook
+from controller.store.hooks import HookRecord, NewHook
 from controller.store.schema import deliveries
 
 __all__ = [
@@ -50,7 +51,7 @@ async def running(*deliverers: Deliverer) -> AsyncIterator[None]:
 
 async def add_hook(database: Database, url: str, *kinds: str) -> NewHook:
     async with database.begin() as connection:
-        return await outbox.create_hook(connection, url, kinds or ("*",), "admin", clock.now_us())
+        return await hook_store.create_hook(connection, url, kinds or ("*",), "admin", clock.now_us())
 
 
 async def emit(database: Database, kind: str = KIND, *, nats: bool = False) -> str:
@@ -60,7 +61,7 @@ async def emit(database: Database, kind: str = KIND, *, nats: bool = False) -> s
 
 async def only_hook(database: Database) -> HookRecord:
     async with database.begin() as connection:
-        (record,) = await outbox.list_hooks(connection)
+        (record,) = await hook_store.list_hooks(connection)
     return record
 
 
