@@ -74,13 +74,14 @@ class Secured:
 
     server: NatsServer
     settings: NatsSettings
+    reader: Path  # credentials of another user
 
     def file(self, name: str) -> Path:
         return Path((self.settings.ca if name == "ca" else self.settings.credentials) or "")
 
     async def kept(self) -> list[tuple[str, str]]:
         context = ssl.create_default_context(cafile=self.settings.ca)
-        return await messages(self.server, tls=context, user_credentials=self.settings.credentials)
+        return await messages(self.server, tls=context, user_credentials=str(self.reader))
 
 
 @pytest.fixture
@@ -90,8 +91,14 @@ def secured(tmp_path: Path) -> Iterator[Secured]:
     operator = NatsOperator()
     with serving(NatsServer(tmp_path, (tmp_path / "receiver.pem", tmp_path / "receiver.key"), operator)) as server:
         (tmp_path / "ca.pem").write_bytes((tmp_path / "receiver.pem").read_bytes())
-        credentials = operator.write_credentials(tmp_path / "user.creds")
-        yield Secured(server, NatsSettings(url=server.url, ca=str(tmp_path / "ca.pem"), credentials=str(credentials)))
+        # What the operator guide says that the controller needs.
+        credentials = operator.write_credentials(
+            tmp_path / "user.creds",
+            publish=["edgewarden.>", "$JS.API.STREAM.*.EDGEWARDEN"],
+            subscribe=["_INBOX.>"],
+        )
+        settings = NatsSettings(url=server.url, ca=str(tmp_path / "ca.pem"), credentials=str(credentials))
+        yield Secured(server, settings, operator.write_credentials(tmp_path / "reader.creds"))
 
 
 async def messages(server: NatsServer, **options: Any) -> list[tuple[str, str]]:
@@ -191,6 +198,27 @@ async def test_tls_and_credentials(database: Database, secured: Secured) -> None
         await make_due(database)
         await all_settled(database)
     assert [event for _, event in await secured.kept()] == [first, second]
+
+
+@pytest.mark.usefixtures("soon")
+async def test_credentials_that_end_are_renewed(database: Database, tmp_path: Path) -> None:
+    """When the JWT expires the server ends the connection, and events wait; with a new file they arrive, without a restart."""
+    require_nats()
+    operator = NatsOperator()
+    with serving(NatsServer(tmp_path, operator=operator)) as server:
+        file = operator.write_credentials(tmp_path / "user.creds", expires_s=2)
+        with capture_logs() as log:
+            async with running(Deliverer(database, NatsSettings(url=server.url, credentials=str(file)))):
+
+                async def refused() -> bool:
+                    return any(line["event"] == "nats_unreachable" for line in log)
+
+                await eventually(refused)
+                event = await emit(database, nats=True)
+                operator.write_credentials(file)
+                await all_settled(database)
+        kept = await messages(server, user_credentials=str(file))
+    assert [one for _, one in kept] == [event]
 
 
 @pytest.mark.usefixtures("soon")

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,21 @@ class NatsOperator:
             "resolver_preload": accounts,
         }
 
-    def write_credentials(self, path: Path, *, expires_s: int | None = None) -> Path:
-        """Make a user and write its credentials file; with an end of it so many seconds from now."""
+    def write_credentials(
+        self, path: Path, *, publish: Sequence[str] = (), subscribe: Sequence[str] = (), expires_s: int | None = None
+    ) -> Path:
+        """Make a user and write its credentials file.
+
+        Args:
+            path: the file.
+            publish: subjects that it may publish to; all without any.
+            subscribe: subjects that it may subscribe to; all without any.
+            expires_s: when it ends, in seconds from now.
+        """
         user = _new_key(nkeys.PREFIX_BYTE_USER)
         limits = {"subs": _NO_LIMIT, "data": _NO_LIMIT, "payload": _NO_LIMIT}
-        claims = {"pub": {}, "sub": {}, **limits, "type": "user", "version": 2}
+        allowed = {name: {"allow": list(to)} if to else {} for name, to in (("pub", publish), ("sub", subscribe))}
+        claims = {**allowed, **limits, "type": "user", "version": 2}
         token = _sign(self._account, _public(user), "controller", claims, expires_s=expires_s)
         path.write_text(
             f"-----BEGIN NATS USER JWT-----\n{token}\n------END NATS USER JWT------\n\n"
