@@ -3,7 +3,7 @@
 Rules:
 
 1. The first task that fails stops the process; the service manager starts it again, and nothing that was acknowledged is lost.
-2. A replica says in the database that it lives, and that it ends; the others notice when it does neither any more.
+2. A replica says in the database that it lives; the others notice when it does not any more, unless it has ended in order.
 3. Health and metrics are served before the rest, so that what keeps the rest from its work can be asked for.
 """
 
@@ -38,11 +38,11 @@ from controller.flows.appraising import Appraiser
 from controller.flows.deliver import Deliverer
 from controller.flows.joining import Joining
 from controller.flows.polling import Poller
+from controller.flows.presence import Presence
 from controller.flows.watching import Watch
 from controller.metrics import Figures
 from controller.settings import Settings, split_listen
 from controller.store import joining as joining_store
-from controller.store import replicas
 from controller.store.database import Database, StoreError
 from controller.trust.authority import Authority
 from controller.trust.authorize import Authorizer
@@ -108,11 +108,13 @@ class Controller:
             stack.callback(authorizer.close)
             surface = Surface(database, authorizer, tokens, figures)
             await self._serve(stack, surface.application(routes), context)
+            name = f"{socket.gethostname()}:{os.getpid()}"
+            presence = Presence(database, self.id, name, nats=settings.nats is not None)
             async with asyncio.TaskGroup() as group:
                 work = (
                     poller.run(),
                     deliverer.run(),
-                    self._keep_house(database),
+                    self._keep_house(database, presence),
                     watch.run(),
                     watch.keep_alive(self._watchdog_s),
                 )
@@ -125,8 +127,7 @@ class Controller:
                 watch.stop()
                 for task in tasks:
                     task.cancel()
-                await asyncio.wait(tasks)
-                await self._leave(database)
+            await presence.leave()
 
     async def _serve(
         self, stack: contextlib.AsyncExitStack, application: web.Application, context: ssl.SSLContext
@@ -149,26 +150,16 @@ class Controller:
             serving = serve_metrics(metrics_application(watch, metrics), address)
             self.metrics_port = await stack.enter_async_context(serving)
 
-    async def _keep_house(self, database: Database) -> None:
+    async def _keep_house(self, database: Database, presence: Presence) -> None:
         """Say that this replica lives, notice those that do not, delete what has expired."""
-        name = f"{socket.gethostname()}:{os.getpid()}"
         while True:
             try:
+                await presence.beat()
                 async with database.begin() as connection:
-                    lost = await replicas.beat(connection, self.id, name, clock.now_us())
                     await joining_store.sweep(connection, clock.now_us())
-                for other in lost:
-                    _log.error("replica_lost", replica=other)
             except StoreError as error:
                 _log.error("database_lost", error=str(error))
             await asyncio.sleep(HEARTBEAT_S)
-
-    async def _leave(self, database: Database) -> None:
-        try:
-            async with asyncio.timeout(LEAVE_S), database.begin() as connection:
-                await replicas.leave(connection, self.id)
-        except (StoreError, TimeoutError) as error:  # the others will take it for lost, which is all that it costs
-            _log.warning("departure_not_noted", error=str(error))
 
 
 def _expiries(authority: Authority) -> dict[str, float]:

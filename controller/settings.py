@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -108,7 +109,9 @@ class NatsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     )
     subject: Annotated[str, Meta(pattern=r"^[a-z0-9_.-]{1,128}$", description="Prefix of the subjects.")] = "edgewarden"
     ca: Annotated[str | None, Meta(description="PEM file of the CAs that tls:// is verified with.")] = None
-    credentials: Annotated[str | None, Meta(description="NATS credentials file.")] = None
+    credentials: Annotated[
+        str | None, Meta(description="NATS credentials file; for tls://, or a server at a loopback address.")
+    ] = None
 
 
 class MetricsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -161,6 +164,7 @@ def load(path: Path) -> Settings:
         raise ConfigError(f"{path}: {error}") from error
     if settings.metrics.listen is not None:
         split_listen(f"{path}: metrics.listen", settings.metrics.listen)
+    _check_nats(settings.nats)
     return _absolute(settings, path.resolve().parent)
 
 
@@ -206,6 +210,28 @@ def database_url(settings: DatabaseSettings) -> URL:
         except OSError as error:
             raise ConfigError(f"database.password_file: {settings.password_file}: {error.strerror}") from error
     return url
+
+
+def _check_nats(nats: NatsSettings | None) -> None:
+    """Refuse an address that is none, and to show credentials to whoever is on the way: what they sign in the clear could be used by another."""
+    if nats is None:
+        return
+    try:
+        parts = urlsplit(nats.url)
+        host, _port = parts.hostname or "", parts.port
+    except ValueError:
+        host = ""
+    if not host:
+        raise ConfigError("nats.url: nats://HOST:PORT or tls://HOST:PORT")
+    if nats.credentials is not None and not nats.url.startswith("tls://") and not _is_loopback(host):
+        raise ConfigError("nats.credentials: only for tls://, or for a server at a loopback address")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may come to mean another host
+        return False
 
 
 def _absolute(settings: Settings, base: Path) -> Settings:

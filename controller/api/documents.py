@@ -15,12 +15,14 @@ __all__ = [
     "Admin",
     "AdminCertificate",
     "AdminRequest",
+    "HookDelivery",
     "HookGrant",
     "HookRequest",
     "Interval",
     "NodeInterval",
     "Page",
     "Result",
+    "ShownHook",
     "ShownNode",
     "TokenGrant",
     "TokenRequest",
@@ -69,17 +71,50 @@ class AdminRequest(Request, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class HookRequest(Request, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A webhook to be made; ``*`` stands for all kinds of events."""
+    """A webhook to be made; ``*`` stands for all kinds of events. ``secret``: one that the receiver has made, as Standard Webhooks writes it."""
 
     url: Annotated[str, msgspec.Meta(max_length=2048)]
     kinds: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=32)], ...], msgspec.Meta(max_length=32)] = ("*",)
+    secret: Annotated[str, msgspec.Meta(max_length=128)] | None = None
 
 
 class HookGrant(msgspec.Struct, frozen=True):
-    """A webhook; its secret is shown this once."""
+    """A webhook; its secret is shown this once, and not at all where the receiver had made it."""
 
     id: str
     secret: str
+
+
+class HookDelivery(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What went, or has to go, to a webhook.
+
+    Attributes:
+        state: ``waiting`` is tried again at ``due``; ``given up`` is not.
+        error: what the last attempt met.
+    """
+
+    event: str
+    kind: str
+    created: str
+    state: Literal["delivered", "waiting", "given up"]
+    attempts: int
+    due: str = ""
+    delivered: str = ""
+    error: str = ""
+
+
+class ShownHook(msgspec.Struct, frozen=True):
+    """A webhook without its secret, and its newest deliveries, the newest event first."""
+
+    id: str
+    url: str
+    kinds: list[str]
+    created: str
+    created_by: str
+    enabled: bool
+    pending: int
+    given_up: int
+    deliveries: list[HookDelivery]
 
 
 class AdminCertificate(msgspec.Struct, frozen=True):

@@ -19,8 +19,6 @@ from controller.api.documents import (
     Admin,
     AdminCertificate,
     AdminRequest,
-    HookGrant,
-    HookRequest,
     Interval,
     NodeInterval,
     Page,
@@ -33,12 +31,13 @@ from controller.api.documents import (
     time_of,
     times,
 )
+from controller.api.hooks import Hooks
 from controller.api.routing import Call, Route
 from controller.flows.appraising import Appraiser
 from controller.flows.approving import Approval, Change, Withdrawal, approve, withdraw
 from controller.flows.polling import Poller, UnreachableError
 from controller.settings import Settings
-from controller.store import admins, audit, fleet, joining, outbox, references, results, schedule
+from controller.store import admins, audit, fleet, joining, references, results, schedule
 from controller.store.database import Database
 from controller.store.joining import Token
 from controller.trust.authority import Authority, request_key
@@ -87,9 +86,7 @@ class Operators:
             Route("GET", "/v1/admins", "List admins", self.list_admins, "admin.list", answer=list[Admin]),
             Route("POST", "/v1/admins", "Make an admin", self.make_admin, "admin.create", body=AdminRequest, answer=AdminCertificate, status=201, refusals=(409, 422)),
             Route("DELETE", "/v1/admins/{name}", "Revoke an admin", self.revoke_admin, "admin.revoke", answer=dict[str, str]),
-            Route("GET", "/v1/hooks", "List webhooks", self.list_hooks, "hook.list", answer=list[outbox.HookRecord]),
-            Route("POST", "/v1/hooks", "Make a webhook", self.make_hook, "hook.create", body=HookRequest, answer=HookGrant, status=201, refusals=(409,)),
-            Route("DELETE", "/v1/hooks/{hook}", "Remove a webhook", self.delete_hook, "hook.delete", answer=dict[str, str]),
+            *Hooks(self.database).routes(),
             Route("GET", "/v1/audit", "Read the audit log", self.read_audit, "audit.read", answer=Rows, query={"from": NUMBER, "limit": LIMIT}),
             Route("GET", "/v1/audit/head", "Size and root of the audit log", self.audit_head, "audit.read", answer=audit.AuditHead),
             Route("GET", "/v1/audit/proofs/{sequence}", "A record with its inclusion proof", self.prove, "audit.read", answer=dict[str, Any]),
@@ -278,34 +275,6 @@ class Operators:
                 connection, audit.AuditEntry(kind="admin.revoke", principal=call.by, detail={"name": name})
             )
         return {"revoked": name}
-
-    # --- webhooks
-
-    async def list_hooks(self, _call: Call) -> list[outbox.HookRecord]:
-        """Return webhooks, without their secrets."""
-        async with self.database.begin() as connection:
-            return await outbox.list_hooks(connection)
-
-    async def make_hook(self, call: Call) -> HookGrant:
-        """Make a webhook."""
-        wanted: HookRequest = call.body
-        async with self.database.begin() as connection:
-            made = await outbox.create_hook(connection, wanted.url, wanted.kinds, call.by, clock.now_us())
-            entry = audit.AuditEntry(
-                kind="hook.create", principal=call.by, detail={"hook": made.id, "kinds": list(wanted.kinds)}
-            )
-            await audit.append(connection, entry)
-        return HookGrant(made.id, made.secret)
-
-    async def delete_hook(self, call: Call) -> dict[str, str]:
-        """Remove a webhook."""
-        hook = call.request.match_info["hook"]
-        async with self.database.begin() as connection:
-            await outbox.delete_hook(connection, hook)
-            await audit.append(
-                connection, audit.AuditEntry(kind="hook.delete", principal=call.by, detail={"hook": hook})
-            )
-        return {"deleted": hook}
 
     # --- audit log
 

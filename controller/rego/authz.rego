@@ -10,9 +10,9 @@ decision := {"allow": true, "reasons": [], "obligations": {"receipt": false}} if
 	action == input.action
 } else := {"allow": false, "reasons": ["role"], "obligations": {"receipt": false}}
 
-viewer := {"node.list", "node.show", "node.watch", "reference.list", "token.list", "admin.list", "audit.read", "hook.list"}
+viewer := {"node.list", "node.show", "node.watch", "reference.list", "token.list", "admin.list", "audit.read", "hook.list", "hook.show"}
 
-operator := {"node.release", "node.poll", "node.interval", "token.create", "hook.create", "hook.delete"}
+operator := {"node.release", "node.poll", "node.interval", "token.create", "hook.create", "hook.delete", "hook.test"}
 
 approver := {"reference.approve", "reference.withdraw", "admin.create", "admin.revoke"}
 

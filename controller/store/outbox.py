@@ -1,4 +1,4 @@
-"""The transactional outbox: events, to whom each still has to go, and the hooks that take them.
+"""The transactional outbox: events, and to whom each still has to go. The hooks that take them: :mod:`controller.store.hooks`.
 
 Rules:
 
@@ -8,41 +8,33 @@ Rules:
 3. A failed attempt waits 10 s, then twice as long each time up to an hour; after 80 attempts (some three days), or when the event is a week old,
    the delivery is given up, which stays visible until the event is removed.
 4. An event is removed when it is 30 days old and nothing is left to do for it.
-5. A hook's secret is 32 bytes of the system's generator; it is shown when the hook is made and never again.
 """
 
 from __future__ import annotations
 
-import base64
-import ipaddress
 import re
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 from sqlalchemy import CursorResult, and_, delete, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent import clock
-from agent.errors import PeerError
 from controller.store.schema import deliveries, events, hooks
 
 __all__ = [
+    "ANY_KIND",
     "NATS",
     "Delivery",
-    "HookRecord",
-    "NewHook",
     "Outcome",
     "backoff_s",
-    "check_url",
     "claim",
-    "create_hook",
-    "delete_hook",
     "emit",
-    "list_hooks",
+    "is_kind",
+    "kinds_of",
     "retire",
     "settle",
     "waiting",
@@ -56,12 +48,8 @@ BACKOFF_MAX_S = 3600
 MAX_ATTEMPTS = 80
 GIVE_UP_S = 7 * 86_400
 RETENTION_S = 30 * 86_400
-MAX_HOOKS = 64
-MAX_KINDS = 32  # kinds a hook names
-MAX_URL_CHARS = 2048
 MAX_BODY_BYTES = 64 * 1024
 MAX_ERROR_CHARS = 256
-SECRET_BYTES = 32
 _ID_BYTES = 16
 _RETIRE_EVENTS = 1000  # a transaction, so that none is long
 _US = 1_000_000
@@ -98,34 +86,6 @@ class Outcome:
     gone: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class NewHook:
-    """A hook that was just made, with its secret (``whsec_...``)."""
-
-    id: str
-    secret: str = field(repr=False)
-
-
-class HookRecord(msgspec.Struct, frozen=True):
-    """A hook without its secret, and how its deliveries stand.
-
-    Attributes:
-        pending: deliveries that are still tried.
-        given_up: deliveries that ended without success, of events that are kept.
-        error: what the newest unsuccessful one of them met last.
-    """
-
-    id: str
-    url: str
-    kinds: list[str]
-    created_us: int
-    created_by: str
-    enabled: bool
-    pending: int
-    given_up: int
-    error: str | None
-
-
 def backoff_s(attempt: int) -> int:
     """Return how long to wait after the given attempt (1: the first) failed, in seconds."""
     doublings = min(attempt - 1, BACKOFF_MAX_S.bit_length())
@@ -133,7 +93,14 @@ def backoff_s(attempt: int) -> int:
 
 
 async def emit(
-    connection: AsyncConnection, kind: str, node: str, body: Mapping[str, Any], now_us: int, *, nats: bool
+    connection: AsyncConnection,
+    kind: str,
+    node: str,
+    body: Mapping[str, Any],
+    now_us: int,
+    *,
+    nats: bool,
+    hook: str | None = None,
 ) -> str:
     """Write an event and its deliveries in the caller's transaction; returns the event's id.
 
@@ -144,11 +111,12 @@ async def emit(
         body: further members of the event's JSON object.
         now_us: when it happened.
         nats: whether it goes to NATS too.
+        hook: the only hook that it is for, whatever kinds that names; without it all hooks of this kind.
 
     Raises:
         ValueError: the caller's kind or body is not one; a programming error.
     """
-    if not _is_kind(kind) or _OWN_KEYS & body.keys():
+    if not is_kind(kind) or _OWN_KEYS & body.keys():
         raise ValueError(f"not an event: {kind!r} with members {sorted(body)}")
     event = secrets.token_hex(_ID_BYTES)
     own = {"id": event, "kind": kind, "node": node, "time": clock.rfc3339(now_us)}
@@ -157,7 +125,8 @@ async def emit(
         raise ValueError(f"event {kind} is larger than {MAX_BODY_BYTES} bytes")
     await connection.execute(insert(events).values(id=event, kind=kind, node=node, created_us=now_us, body=document))
     rows = await connection.execute(select(hooks.c.id, hooks.c.kinds).where(hooks.c.enabled))
-    targets = [row.id for row in rows if {kind, ANY_KIND} & set(_kinds(row.kinds))]
+    wanted = {row.id for row in rows if {kind, ANY_KIND} & set(kinds_of(row.kinds))}
+    targets = sorted(wanted) if hook is None else [hook]
     targets += [NATS] if nats else []
     if targets:
         await connection.execute(
@@ -250,96 +219,6 @@ async def retire(connection: AsyncConnection, now_us: int, *, nats: bool) -> int
     return gone.rowcount
 
 
-def check_url(url: str) -> None:
-    """Validate the address of a receiver: https, or http to a loopback address.
-
-    Raises:
-        PeerError: it is none; status 400.
-    """
-    try:
-        parts = urlsplit(url)
-        host, _port = parts.hostname, parts.port
-    except ValueError:
-        host, parts = None, urlsplit("")
-    if not host or len(url) > MAX_URL_CHARS or not url.isascii() or not url.isprintable() or " " in url:
-        raise PeerError(400, "hook_url", f"url: not an address of at most {MAX_URL_CHARS} characters")
-    if parts.username is not None or parts.password is not None or parts.fragment:
-        raise PeerError(400, "hook_url", "url: no user, password or fragment may stand in it")
-    if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(host)):
-        raise PeerError(400, "hook_url", "url: it begins with https://; http:// is for loopback addresses alone")
-
-
-async def create_hook(connection: AsyncConnection, url: str, kinds: Collection[str], by: str, now_us: int) -> NewHook:
-    """Make a hook for some kinds of events, or for all (``*``).
-
-    Raises:
-        PeerError: the address or a kind is none (400), or there are too many hooks (409).
-    """
-    check_url(url)
-    if not 1 <= len(kinds) <= MAX_KINDS or not all(kind == ANY_KIND or _is_kind(kind) for kind in kinds):
-        raise PeerError(400, "hook_kinds", f"kinds: 1 to {MAX_KINDS} kinds of events, or {ANY_KIND}")
-    if (await connection.scalar(select(func.count()).select_from(hooks)) or 0) >= MAX_HOOKS:
-        raise PeerError(409, "too_many_hooks", f"there are {MAX_HOOKS} hooks; delete one first")
-    hook = secrets.token_hex(_ID_BYTES)
-    secret = secrets.token_bytes(SECRET_BYTES)
-    await connection.execute(
-        insert(hooks).values(
-            id=hook,
-            url=url,
-            secret=secret,
-            kinds=msgspec.json.encode(sorted(set(kinds))).decode(),
-            created_us=now_us,
-            created_by=by,
-            enabled=True,
-        )
-    )
-    return NewHook(hook, "whsec_" + base64.b64encode(secret).decode())
-
-
-async def list_hooks(connection: AsyncConnection) -> list[HookRecord]:
-    """Return all hooks, the oldest first."""
-    undelivered = deliveries.c.delivered_us.is_(None)
-    mine = deliveries.c.target == hooks.c.id
-    pending = select(func.count()).where(mine, deliveries.c.due_us.is_not(None)).scalar_subquery()
-    given_up = select(func.count()).where(mine, undelivered, deliveries.c.due_us.is_(None)).scalar_subquery()
-    error = (
-        select(deliveries.c.error)
-        .join(events, events.c.id == deliveries.c.event)
-        .where(mine, undelivered, deliveries.c.error.is_not(None))
-        .order_by(events.c.created_us.desc())
-        .limit(1)
-        .scalar_subquery()
-    )
-    query = select(hooks, pending.label("pending"), given_up.label("given_up"), error.label("error"))
-    rows = await connection.execute(query.order_by(hooks.c.created_us, hooks.c.id))
-    return [
-        HookRecord(
-            id=row.id,
-            url=row.url,
-            kinds=_kinds(row.kinds),
-            created_us=row.created_us,
-            created_by=row.created_by,
-            enabled=row.enabled,
-            pending=row.pending,
-            given_up=row.given_up,
-            error=row.error,
-        )
-        for row in rows
-    ]
-
-
-async def delete_hook(connection: AsyncConnection, hook: str) -> None:
-    """Remove a hook and everything that was to go there.
-
-    Raises:
-        PeerError: there is none of this id; status 404.
-    """
-    gone: CursorResult[Any] = await connection.execute(delete(hooks).where(hooks.c.id == hook))
-    if gone.rowcount == 0:
-        raise PeerError(404, "no_hook", "there is no such hook")
-    await connection.execute(delete(deliveries).where(deliveries.c.target == hook))
-
-
 async def _disable_hook(connection: AsyncConnection, hook: str, why: str) -> None:
     """Send nothing more to a hook; what was to go there is given up."""
     await connection.execute(update(hooks).where(hooks.c.id == hook).values(enabled=False))
@@ -350,16 +229,11 @@ async def _disable_hook(connection: AsyncConnection, hook: str, why: str) -> Non
     )
 
 
-def _kinds(text: str) -> list[str]:
+def kinds_of(text: str) -> list[str]:
+    """Return the kinds that a hook's row names."""
     return msgspec.json.decode(text, type=list[str])
 
 
-def _is_kind(kind: str) -> bool:
+def is_kind(kind: str) -> bool:
+    """Whether this can be the kind of an event."""
     return len(kind) <= _MAX_KIND_CHARS and _KIND.fullmatch(kind) is not None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, which may come to mean another host
-        return False

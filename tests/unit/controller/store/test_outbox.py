@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent.errors import HostError, PeerError
 from controller.settings import DatabaseSettings
+from controller.store import hooks as hook_store
 from controller.store import outbox
 from controller.store.database import Database
 from controller.store.outbox import Outcome, backoff_s
@@ -35,7 +36,7 @@ async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
 
 
 async def add_hook(connection: AsyncConnection, *kinds: str) -> str:
-    return (await outbox.create_hook(connection, URL, kinds or ("*",), "admin", NOW_US)).id
+    return (await hook_store.create_hook(connection, URL, kinds or ("*",), "admin", NOW_US)).id
 
 
 async def emit(connection: AsyncConnection, kind: str = KIND, *, now_us: int = NOW_US, nats: bool = False) -> str:
@@ -72,8 +73,8 @@ def test_backoff() -> None:
 async def test_url_of_a_receiver(database: Database, url: str) -> None:
     """For any host https is taken, for loopback addresses http too; and what is taken is kept as it is."""
     async with database.begin() as connection:
-        await outbox.create_hook(connection, url, ["*"], "admin", NOW_US)
-        assert [hook.url for hook in await outbox.list_hooks(connection)] == [url]
+        await hook_store.create_hook(connection, url, ["*"], "admin", NOW_US)
+        assert [hook.url for hook in await hook_store.list_hooks(connection)] == [url]
 
 
 @pytest.mark.parametrize(
@@ -96,13 +97,13 @@ async def test_url_of_a_receiver(database: Database, url: str) -> None:
         "https://host/\r\nx: y",
         "https://host/\u00e4",
         "ftp://127.0.0.1/",
-        "https://host/" + "x" * outbox.MAX_URL_CHARS,
+        "https://host/" + "x" * hook_store.MAX_URL_CHARS,
     ],
 )
 def test_url_that_is_refused(url: str) -> None:
     """Whatever is not https, or http to a loopback address, is refused."""
     with pytest.raises(PeerError) as caught:
-        outbox.check_url(url)
+        hook_store.check_url(url)
     assert (caught.value.status, caught.value.reason) == (400, "hook_url")
 
 
@@ -165,11 +166,11 @@ async def test_no_event(database: Database, kind: str, body: dict[str, str]) -> 
 async def test_secret_is_shown_once(database: Database) -> None:
     """A hook's secret is 32 bytes, other for each hook, and in no list and no printed value."""
     async with database.begin() as connection:
-        first = await outbox.create_hook(connection, URL, ["*"], "admin", NOW_US)
-        second = await outbox.create_hook(connection, URL, ["*"], "admin", NOW_US)
+        first = await hook_store.create_hook(connection, URL, ["*"], "admin", NOW_US)
+        second = await hook_store.create_hook(connection, URL, ["*"], "admin", NOW_US)
         await emit(connection)
         (delivery,) = await outbox.claim(connection, first.id, NOW_US, 10)
-        listed = repr(await outbox.list_hooks(connection))
+        listed = repr(await hook_store.list_hooks(connection))
     assert first.secret.startswith("whsec_")
     secret = base64.b64decode(first.secret.removeprefix("whsec_"))
     assert (len(secret), secret) == (32, delivery.secret)
@@ -182,18 +183,18 @@ async def test_secret_is_shown_once(database: Database) -> None:
 async def test_hooks_that_are_refused(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """No kind, a kind that is none, too many kinds and too many hooks are refused; so is deleting what is not there."""
     async with database.begin() as connection:
-        for kinds in ([], ["No"], ["a"] * (outbox.MAX_KINDS + 1)):
+        for kinds in ([], ["No"], ["a"] * (hook_store.MAX_KINDS + 1)):
             with pytest.raises(PeerError) as caught:
-                await outbox.create_hook(connection, URL, kinds, "admin", NOW_US)
+                await hook_store.create_hook(connection, URL, kinds, "admin", NOW_US)
             assert (caught.value.status, caught.value.reason) == (400, "hook_kinds")
-        monkeypatch.setattr(outbox, "MAX_HOOKS", 1)
+        monkeypatch.setattr(hook_store, "MAX_HOOKS", 1)
         hook = await add_hook(connection)
         with pytest.raises(PeerError) as caught:
             await add_hook(connection)
         assert caught.value.status == 409
-        await outbox.delete_hook(connection, hook)
+        await hook_store.delete_hook(connection, hook)
         with pytest.raises(PeerError) as caught:
-            await outbox.delete_hook(connection, hook)
+            await hook_store.delete_hook(connection, hook)
         assert caught.value.status == 404
 
 
@@ -274,7 +275,7 @@ async def test_given_up(database: Database) -> None:
         (last,) = await outbox.claim(connection, hook, NOW_US + 10 * US, 10)
         await outbox.settle(connection, [Outcome(last, "status 503")], NOW_US + 10 * US)
         kept = await row(connection)
-        (record,) = await outbox.list_hooks(connection)
+        (record,) = await hook_store.list_hooks(connection)
     assert (kept.due_us, kept.delivered_us, kept.attempts) == (None, None, outbox.MAX_ATTEMPTS)
     assert (record.pending, record.given_up, record.error, record.enabled) == (0, 1, "status 503", True)
 
