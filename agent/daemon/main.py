@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import signal
 import socket
@@ -28,18 +27,16 @@ import uvloop
 from aiohttp import web
 
 from agent import clock
-from agent.attest.log import MeasurementLog, TpmResetError
-from agent.attest.measurement import ZERO_PCR, config_entry
-from agent.attest.tpm_thread import TpmThread
+from agent.attest.log import TpmResetError
 from agent.audit.log import AuditLog
 from agent.config import Environment, Settings
-from agent.control.health import Health, Metrics, health_application
+from agent.control.health import health_application
 from agent.control.keylime import keylime_application
 from agent.control.serving import Surface
 from agent.control.surface import admin_application
+from agent.daemon.assembly import assemble
 from agent.daemon.control import ControlListener
-from agent.daemon.keylime import KeylimeMode, prepare_keylime
-from agent.daemon.membership import Membership
+from agent.daemon.keylime import KeylimeMode
 from agent.daemon.node import Node
 from agent.daemon.provision import (
     Listeners,
@@ -48,24 +45,12 @@ from agent.daemon.provision import (
     child_user,
     lock_state,
     make_directory,
-    read_material,
 )
 from agent.errors import AuditError, EdgeWardenError, HostError, VerificationError
-from agent.flows.attestation import AttestationFlow
-from agent.flows.dataplane import Dataplane
-from agent.flows.enrolled import EnrolmentStore
-from agent.flows.models import ModelKeeper
-from agent.flows.policies import PolicyKeeper
 from agent.host.notify import Notifier
-from agent.host.posture import posture
 from agent.host.watch import StoreWatcher
-from agent.inference.package import PackageLimits
-from agent.isolation.sandbox import Limits
 from agent.isolation.supervisor import Zygote
-from agent.policy.client import PolicyClient
-from agent.policy.opa_server import OpaProgram
-from agent.policy.pool import PolicyPool
-from agent.records import AuditEvent, JsonValue
+from agent.records import AuditEvent
 
 __all__ = ["PRELOAD", "run"]
 
@@ -77,9 +62,7 @@ PRELOAD: Final = (
     "cryptography.hazmat.backends.openssl.backend",
     "encodings.idna",
 )
-POLICY_OPEN_FILES: Final = 64
 TPM_CHECK_S: Final = 10.0
-TPM_COMMANDS_TO_CONNECT: Final = 6  # the making of the attestation key among them
 MAX_ERROR_CHARS: Final = 2000
 MODEL_RETRY_S: Final = 5.0
 MAX_MODEL_RETRY_S: Final = 60.0
@@ -151,7 +134,8 @@ class _Agent:
             await audit.close()
 
     async def _live(self, stack: contextlib.AsyncExitStack, audit: AuditLog) -> None:
-        node = await self._build(stack, audit)
+        assembly = await assemble(stack, self._settings, self._zygote, self._listeners, audit)
+        self._control, self._keylime, node = assembly.control, assembly.keylime, assembly.node
         async with asyncio.TaskGroup() as self._tasks:
             for service in (self._zygote.run(), node.pool.run(), audit.run()):
                 self._run(service)
@@ -173,85 +157,6 @@ class _Agent:
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return task
-
-    async def _build(self, stack: contextlib.AsyncExitStack, audit: AuditLog) -> Node:
-        """Open everything that needs no other; what was opened is closed in the reverse order."""
-        settings = self._settings
-        material = stack.enter_context(contextlib.closing(read_material(settings, self._listeners.inference)))
-        self._control = material.control
-        self._keylime = prepare_keylime(settings.attest.keylime, self._state)
-        health = Health()
-        health.report("live", holds=True, why="the control plane runs")
-        timeout_s = settings.tpm.timeout_ms / 1000
-        tpm = TpmThread(
-            settings.tpm.tcti, call_timeout_s=timeout_s, connect_timeout_s=TPM_COMMANDS_TO_CONNECT * timeout_s
-        )
-        stack.push_async_callback(tpm.close)
-        log, mirror = await self._open_logs(tpm)
-        health.report("attested", holds=True, why="the measurement log and the TPM agree")
-
-        deadline_s = settings.policy.evaluation_deadline_ms / 1000
-        total_s = settings.policy.total_deadline_ms / 1000
-        pool = PolicyPool(
-            self._zygote,
-            trusted_keys=material.policy_keys,
-            limits=Limits(settings.policy.worker_memory_bytes, POLICY_OPEN_FILES),
-            opa=OpaProgram(settings.policy.opa_binary) if settings.policy.engine == "opa" else None,
-            deadline_s=deadline_s,
-            total_deadline_s=total_s,
-        )
-        stack.push_async_callback(pool.close)
-        # The subscription that answers for overruns exists only once there is a client to subscribe.
-        client = PolicyClient(lambda worker: workers.overrun(worker), deadline_s=deadline_s, total_deadline_s=total_s)  # noqa: PLW0108 -- bound later
-        stack.callback(client.close)
-        workers = pool.subscribe(client.attach)
-        metrics = Metrics(health, lambda: {"audit_records": audit.head().size, **node.gauges()})
-        node = Node(settings.node.id, audit, health, metrics, client, pool)
-        node.dataplane = Dataplane(self._zygote, material.gateway, node)
-        node.models = ModelKeeper(
-            Path(settings.models.store),
-            material.model_trust,
-            PackageLimits(max_total_bytes=settings.models.max_package_bytes),
-            settings.models.inspect_timeout_ms / 1000,
-            zygote=self._zygote,
-            log=log,
-            dataplane=node.dataplane,
-            hooks=node,
-        )
-        node.policies = PolicyKeeper(
-            self._state / "policy",
-            material.policy_keys,
-            pool=pool,
-            log=log,
-            dataplane=node.dataplane,
-            hooks=node,
-        )
-        store = EnrolmentStore(self._state / "controller")
-        node.membership = Membership(settings.node.id, store, tpm, settings.control, node)
-        health.detail("inference_certificate_until", material.inference_until)
-        node.attestation = AttestationFlow(
-            node=settings.node.id,
-            boot_id=_boot_id(),
-            tpm=tpm,
-            log=log,
-            audit=audit,
-            inference_spki_sha256=material.inference_spki_sha256,
-            posture_source=lambda: _flat(posture(self._state)),
-        )
-        if self._keylime and mirror:
-            node.keylime = self._keylime.flow(tpm, mirror, node, lambda said: health.detail("keylime", said))
-        return node
-
-    async def _open_logs(self, tpm: TpmThread) -> tuple[MeasurementLog, MeasurementLog | None]:
-        """Open the node's measurement log, and Keylime's where that is enabled, and measure the configuration."""
-        settings = self._settings
-        start = bytes.fromhex(settings.tpm.start_value) if settings.tpm.start_value else ZERO_PCR
-        log = await MeasurementLog.open(tpm, self._state / "measurements", settings.tpm.pcr, start)
-        mirror = await self._keylime.mirror(tpm, self._state) if self._keylime else None
-        if mirror:
-            log.mirror_to(mirror)
-        await log.append(config_entry(hashlib.sha256(settings.measured()).digest()))
-        return log, mirror
 
     async def _bring_up(self, node: Node, stack: contextlib.AsyncExitStack) -> None:
         settings = self._settings
@@ -392,12 +297,3 @@ async def _logged(work: Coroutine[Any, Any, None], **fields: str) -> bool:
         _log.error("model_check_failed", error=str(error), **fields)
         return False
     return True
-
-
-def _flat(facts: dict[str, JsonValue]) -> dict[str, str | int | bool]:
-    """Leave the facts that Evidence can carry: it has no lists."""
-    return {name: value for name, value in facts.items() if isinstance(value, str | int)}
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

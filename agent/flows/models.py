@@ -21,7 +21,6 @@ again.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from agent.inference.inspection import inspect
 from agent.inference.manifest import MANIFEST_FILE, ModelManifest
 from agent.inference.package import MODEL_FILE, Package, PackageLimits, read_package
 from agent.inference.signing import FileDigestError, Signer, TrustStore, verify_package
-from agent.inference.store import model_directory
+from agent.inference.store import is_package, model_directory, package_directories
 from agent.isolation.supervisor import Zygote
 from agent.records import AuditEvent, JsonValue, PolicyAnswer
 
@@ -147,7 +146,7 @@ class ModelKeeper:
         Raises:
             TpmError, HostError, AuditError, VerificationError: as :meth:`changed`, the first, once all packages were looked at.
         """
-        present = await asyncio.to_thread(_packages, self._store)
+        present = await asyncio.to_thread(package_directories, self._store)
         await self._all_changed({*present, *self._in_force, *self._refused})
         async with self._log.locked() as now:
             claimed = {(name, version) for name, version, _ in (path.split("/", 2) for path in now.state.models)}
@@ -195,7 +194,7 @@ class ModelKeeper:
             self._unsettled.discard((name, version))
 
     async def _look(self, directory: Path, name: str, version: str) -> None:
-        if not await asyncio.to_thread(_is_package, directory):
+        if not await asyncio.to_thread(is_package, directory):
             await self._gone(name, version)
             return
         try:
@@ -382,27 +381,3 @@ def _handed_over(manifest: ModelManifest, external: tuple[str, ...]) -> list[str
     if manifest.labels is not None:
         names.add(manifest.labels)
     return sorted(names)
-
-
-def _is_package(directory: Path) -> bool:
-    """Whether a package can lie there; a link leads out of the store, to what its owner does not watch."""
-    return not directory.is_symlink() and not directory.parent.is_symlink() and directory.is_dir()
-
-
-def _packages(store: Path) -> list[tuple[str, str]]:
-    """List ``<name>/<version>`` directories; hidden ones are an installation on its way.
-
-    Raises:
-        HostError: the store can't be read.
-    """
-    try:
-        names = [name for name in store.iterdir() if not name.name.startswith(".") and not name.is_symlink()]
-    except OSError as error:
-        raise HostError(f"models.store: {error.filename}: {error.strerror}") from error
-    found: list[tuple[str, str]] = []
-    for name in names:
-        # What is closed to this process is no package of its; the watcher says so.
-        with contextlib.suppress(PermissionError, NotADirectoryError, FileNotFoundError):
-            versions = [version for version in name.iterdir() if not version.name.startswith(".")]
-            found += [(name.name, version.name) for version in versions if _is_package(version)]
-    return found

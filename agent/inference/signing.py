@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from agent.errors import ConfigError, VerificationError
 from agent.inference.certificates import MAX_CHAIN, check_chain
 from agent.inference.package import SIGNATURE_FILE, Package
+from agent.inference.signature_format import Bundle, Chain, Material, PublicKey, Statement, StatementHead
 from agent.isolation.memfd import map_sealed
 from agent.records import canonical
 
@@ -110,70 +111,6 @@ class TrustStore:
         return cls(tuple(keys), tuple(roots))
 
 
-class _PublicKey(msgspec.Struct):
-    hint: str | None = None
-
-
-class _Certificate(msgspec.Struct, rename="camel"):
-    raw_bytes: bytes
-
-
-class _Chain(msgspec.Struct):
-    certificates: list[_Certificate]
-
-
-class _Material(msgspec.Struct):
-    public_key: _PublicKey | None = msgspec.field(default=None, name="publicKey")
-    chain: _Chain | None = msgspec.field(default=None, name="x509CertificateChain")
-
-
-class _Signature(msgspec.Struct):
-    sig: bytes
-
-
-class _Envelope(msgspec.Struct, rename="camel"):
-    payload: bytes
-    payload_type: str
-    signatures: list[_Signature]
-
-
-class _Bundle(msgspec.Struct, rename="camel"):
-    media_type: str
-    verification_material: _Material
-    dsse_envelope: _Envelope
-
-
-class _Subject(msgspec.Struct):
-    name: str
-    digest: dict[str, str]
-
-
-class _Serialization(msgspec.Struct):
-    method: str
-    hash_type: str
-
-
-class _Resource(msgspec.Struct):
-    name: str
-    algorithm: str
-    digest: str
-
-
-class _Predicate(msgspec.Struct):
-    serialization: _Serialization
-    resources: list[_Resource]
-
-
-class _StatementHead(msgspec.Struct):
-    type: str = msgspec.field(name="_type")
-    predicate_type: str = msgspec.field(name="predicateType")
-
-
-class _Statement(msgspec.Struct):
-    subject: list[_Subject]
-    predicate: _Predicate
-
-
 def verify_package(package: Package, trust: TrustStore) -> Signer:
     """Verify that a trusted signer listed exactly these files with these digests.
 
@@ -205,7 +142,7 @@ def verify_bundle(data: bytes, digests: Mapping[str, str], trust: TrustStore) ->
     # 1. A bundle of the right size, form and type.
     if len(data) > MAX_BUNDLE_BYTES:
         raise VerificationError("bundle-size", f"{len(data)} bytes, more than {MAX_BUNDLE_BYTES}")
-    bundle = _decode("bundle-format", data, _Bundle)
+    bundle = _decode("bundle-format", data, Bundle)
     if bundle.media_type != _MEDIA_TYPE:
         raise VerificationError("bundle-media-type", f"{bundle.media_type[:80]!r} is not {_MEDIA_TYPE}")
     # 2. An envelope around an in-toto statement, with one signature.
@@ -217,9 +154,9 @@ def verify_bundle(data: bytes, digests: Mapping[str, str], trust: TrustStore) ->
     # 3. A signer whom the operator trusts, and its signature.
     signature, message = envelope.signatures[0].sig, _pae(envelope.payload)
     match bundle.verification_material:
-        case _Material(public_key=_PublicKey() as named, chain=None):
+        case Material(public_key=PublicKey() as named, chain=None):
             signer = _verify_by_key(named.hint, signature, message, trust)
-        case _Material(public_key=None, chain=_Chain() as chain):
+        case Material(public_key=None, chain=Chain() as chain):
             signer = _verify_by_chain(chain, signature, message, trust)
         case _:
             raise VerificationError("verification-material", "expected either publicKey or x509CertificateChain")
@@ -256,7 +193,7 @@ def _verify_by_key(hint: str | None, signature: bytes, message: bytes, trust: Tr
     raise VerificationError("signature", "it does not verify with the trusted key")
 
 
-def _verify_by_chain(chain: _Chain, signature: bytes, message: bytes, trust: TrustStore) -> Signer:
+def _verify_by_chain(chain: Chain, signature: bytes, message: bytes, trust: TrustStore) -> Signer:
     if not 1 <= len(chain.certificates) <= MAX_CHAIN:
         raise VerificationError("certificate-chain", f"{len(chain.certificates)} certificates, expected 1..{MAX_CHAIN}")
     try:
@@ -283,12 +220,12 @@ def _holds(key: ec.EllipticCurvePublicKey, signature: bytes, message: bytes) -> 
 
 def _listed(payload: bytes) -> dict[str, str]:
     """Return path to digest as the statement lists them."""
-    head = _decode("statement-format", payload, _StatementHead)
+    head = _decode("statement-format", payload, StatementHead)
     if head.type != _STATEMENT_TYPE:
         raise VerificationError("statement-type", f"{head.type[:80]!r} is not {_STATEMENT_TYPE}")
     if head.predicate_type != _PREDICATE_TYPE:
         raise VerificationError("predicate-type", f"{head.predicate_type[:80]!r} is not {_PREDICATE_TYPE}")
-    statement = _decode("statement-format", payload, _Statement)
+    statement = _decode("statement-format", payload, Statement)
     serialized = statement.predicate.serialization
     if (serialized.method, serialized.hash_type) != ("files", "sha256"):
         raise VerificationError("serialization", "expected one SHA-256 per file (method files, hash_type sha256)")

@@ -28,7 +28,16 @@ from agent.inference.package import SIGNATURE_FILE, Package, PackageLimits, read
 from agent.inference.signing import Signer, TrustStore, verify_package
 from agent.isolation.memfd import SealedFile
 
-__all__ = ["Installed", "StoredModel", "install", "list_models", "model_directory", "remove"]
+__all__ = [
+    "Installed",
+    "StoredModel",
+    "install",
+    "is_package",
+    "list_models",
+    "model_directory",
+    "package_directories",
+    "remove",
+]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,31}")
@@ -242,3 +251,27 @@ def _exchange(first: Path, second: Path) -> None:
     if libc.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) != 0:
         number = ctypes.get_errno()
         raise OSError(number or errno.EIO, os.strerror(number), str(second))
+
+
+def is_package(directory: Path) -> bool:
+    """Whether a package can lie there; a link leads out of the store, to what its owner does not watch."""
+    return not directory.is_symlink() and not directory.parent.is_symlink() and directory.is_dir()
+
+
+def package_directories(store: Path) -> list[tuple[str, str]]:
+    """List ``<name>/<version>`` directories; hidden ones are an installation on its way.
+
+    Raises:
+        HostError: the store can't be read.
+    """
+    try:
+        names = [name for name in store.iterdir() if not name.name.startswith(".") and not name.is_symlink()]
+    except OSError as error:
+        raise HostError(f"models.store: {error.filename}: {error.strerror}") from error
+    found: list[tuple[str, str]] = []
+    for name in names:
+        # What is closed to this process is no package of its; the watcher says so.
+        with contextlib.suppress(PermissionError, NotADirectoryError, FileNotFoundError):
+            versions = [version for version in name.iterdir() if not version.name.startswith(".")]
+            found += [(name.name, version.name) for version in versions if is_package(version)]
+    return found
