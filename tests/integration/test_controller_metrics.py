@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 import socket
+import ssl
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from sqlalchemy import select
 from agent import clock
 from agent.errors import ConfigError
 from agent.host.notify import Notifier
+from controller import service as controller_service
+from controller.api import listening
 from controller.api.metrics import MAX_CONNECTIONS
 from controller.flows import watching
 from controller.service import Controller
@@ -237,6 +240,26 @@ async def test_a_full_house_still_answers(config):
                     return True
 
             await eventually(cut)
+
+
+async def test_nobody_fills_the_main_listener(config, monkeypatch):
+    """Of connections that stay the oldest are cut, one that begins no handshake is closed, and calls go on being answered."""
+    monkeypatch.setattr(controller_service, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(listening, "HANDSHAKE_S", 0.5)
+    async with desk(config) as office:
+        port = int(office.url.rpartition(":")[2])
+        context = ssl.create_default_context(cafile=str(config.parent / "keys" / "ca.pem"))
+        mute, mute_writer = await asyncio.open_connection("127.0.0.1", port)
+        idle = [await asyncio.open_connection("localhost", port, ssl=context) for _ in range(16)]
+        for _ in range(3):
+            async with office.anyone.get(office.url + "/readyz") as answer:
+                assert answer.status in {200, 503}
+        with contextlib.suppress(ConnectionResetError):
+            assert await idle[0][0].read() == b""
+        with contextlib.suppress(ConnectionResetError):
+            assert await mute.read() == b""
+        for _, writer in (*idle, (mute, mute_writer)):
+            writer.transport.abort()
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
