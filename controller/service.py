@@ -3,7 +3,7 @@
 Rules:
 
 1. The first task that fails stops the process; the service manager starts it again, and nothing that was acknowledged is lost.
-2. A replica says in the database that it lives, and that it ends; the others notice when it does neither any more.
+2. A replica says in the database that it lives; the others notice when it does not any more.
 3. Health and metrics are served before the rest, so that what keeps the rest from its work can be asked for.
 """
 
@@ -54,7 +54,6 @@ __all__ = ["Controller", "run"]
 HEARTBEAT_S = 5.0
 MAX_CONNECTIONS = 4096  # of nodes and operators at a time; each call is one, or a few on one
 SHUTDOWN_S = 10.0
-LEAVE_S = 3.0
 _log = structlog.get_logger(__name__)
 
 
@@ -123,8 +122,6 @@ class Controller:
                 watch.stop()
                 for task in tasks:
                     task.cancel()
-                await asyncio.wait(tasks)
-                await self._leave(database)
 
     async def _serve(
         self, stack: contextlib.AsyncExitStack, application: web.Application, context: ssl.SSLContext
@@ -159,13 +156,6 @@ class Controller:
             except StoreError as error:
                 _log.error("database_lost", error=str(error))
             await asyncio.sleep(HEARTBEAT_S)
-
-    async def _leave(self, database: Database) -> None:
-        try:
-            async with asyncio.timeout(LEAVE_S), database.begin() as connection:
-                await replicas.leave(connection, self.id)
-        except (StoreError, TimeoutError) as error:  # the others will take it for lost, which is all that it costs
-            _log.warning("departure_not_noted", error=str(error))
 
 
 class _CountedAppraiser(Appraiser):

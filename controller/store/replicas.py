@@ -7,7 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from controller.store.schema import replicas
 
-__all__ = ["LOST_US", "beat", "leave"]
+__all__ = ["LOST_US", "beat"]
 
 LOST_US = 30_000_000  # without a heartbeat
 
@@ -21,8 +21,3 @@ async def beat(connection: AsyncConnection, replica: str, name: str, now_us: int
     lost = (await connection.execute(query)).all()
     await connection.execute(delete(replicas).where(replicas.c.id.in_([row.id for row in lost])))
     return [row.name for row in lost]
-
-
-async def leave(connection: AsyncConnection, replica: str) -> None:
-    """Say that a replica ends as it was asked to, so that nobody takes it for lost."""
-    await connection.execute(delete(replicas).where(replicas.c.id == replica))

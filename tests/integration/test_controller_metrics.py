@@ -13,7 +13,6 @@ import aiohttp
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from sqlalchemy import select
 
 from agent import clock
 from agent.errors import ConfigError
@@ -25,7 +24,6 @@ from controller.flows import watching
 from controller.service import Controller
 from controller.settings import load
 from controller.store.database import Database
-from controller.store.schema import replicas
 from tests.support.controller_service import controller_home, desk, eventually
 from tests.support.postgres import binaries, postgres_server
 from tests.support.software_node import SoftwareNode, Vendor
@@ -110,20 +108,6 @@ async def test_the_figures_are_those_of_what_happened(config):
     assert found["process_resident_memory_bytes",] > 0
     assert found["process_cpu_seconds_total",] > 0
     assert 0 < found["process_open_fds",] < found["process_max_fds",]
-
-
-async def test_a_replica_that_ends_as_asked_is_forgotten(config):
-    """Its place in the list of replicas is empty, so the next one reports no loss."""
-    async with desk(config) as office:
-
-        async def listed():
-            return [key for key in await _samples(office.metrics) if key[0] == "replica_heartbeat_age_seconds"]
-
-        await eventually(listed)
-    database = await Database.open(load(config).database)
-    async with database.begin() as connection:
-        assert (await connection.execute(select(replicas))).all() == []
-    await database.close()
 
 
 async def test_no_label_holds_what_a_peer_chose(config):

@@ -16,14 +16,3 @@ async def test_a_replica_that_is_silent_is_missed_once(tmp_path):
         assert await replicas.beat(connection, "b", "host-b:2", late) == []
         assert await replicas.beat(connection, "a", "host-a:1", late) == []
     await database.close()
-
-
-async def test_a_replica_that_leaves_is_not_missed(tmp_path):
-    """Who said that it ends is not lost, however long ago that was."""
-    database = await Database.open(DatabaseSettings(url=f"sqlite+aiosqlite:///{tmp_path}/c.db"))
-    async with database.begin() as connection:
-        await replicas.beat(connection, "a", "host-a:1", 0)
-        await replicas.beat(connection, "b", "host-b:2", 0)
-        await replicas.leave(connection, "a")
-        assert await replicas.beat(connection, "b", "host-b:2", replicas.LOST_US + 1) == []
-    await database.close()
