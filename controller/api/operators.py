@@ -31,7 +31,7 @@ from controller.api.documents import (
     time_of,
     times,
 )
-from controller.api.routing import Call, Route
+from controller.api.routing import TEXT, Call, Route, number
 from controller.flows.appraising import Appraiser
 from controller.flows.approving import Approval, Change, Withdrawal, approve, withdraw
 from controller.flows.polling import Poller, UnreachableError
@@ -45,9 +45,8 @@ __all__ = ["Operators"]
 
 MAX_PAGE = 1000
 MAX_NAME_CHARS = 64
-LIMIT = {"type": "integer", "minimum": 0, "maximum": MAX_PAGE}
-NUMBER = {"type": "integer", "minimum": 0, "maximum": 2**53 - 1}
-TEXT = {"type": "string"}
+LIMIT = number(MAX_PAGE)
+MAX_SEQUENCE = 2**53 - 1
 Rows: TypeAlias = list[dict[str, Any]]
 _TOKEN_SECRET_BYTES = 32
 
@@ -86,7 +85,7 @@ class Operators:
             Route("GET", "/v1/hooks", "List webhooks", self.list_hooks, "hook.list", answer=list[outbox.HookRecord]),
             Route("POST", "/v1/hooks", "Make a webhook", self.make_hook, "hook.create", body=HookRequest, answer=HookGrant, status=201, refusals=(409,)),
             Route("DELETE", "/v1/hooks/{hook}", "Remove a webhook", self.delete_hook, "hook.delete", answer=dict[str, str]),
-            Route("GET", "/v1/audit", "Read the audit log", self.read_audit, "audit.read", answer=Rows, query={"from": NUMBER, "limit": LIMIT}),
+            Route("GET", "/v1/audit", "Read the audit log", self.read_audit, "audit.read", answer=Rows, query={"from": number(MAX_SEQUENCE), "limit": LIMIT}),
             Route("GET", "/v1/audit/head", "Size and root of the audit log", self.audit_head, "audit.read", answer=audit.AuditHead),
             Route("GET", "/v1/audit/proofs/{sequence}", "A record with its inclusion proof", self.prove, "audit.read", answer=dict[str, Any]),
         ]  # fmt: skip
@@ -289,7 +288,7 @@ class Operators:
         """Return records."""
         async with self.database.begin() as connection:
             return await audit.read(
-                connection, call.number("from", 0, 2**53 - 1), call.number("limit", 100, audit.MAX_READ)
+                connection, call.number("from", 0, MAX_SEQUENCE), call.number("limit", 100, audit.MAX_READ)
             )
 
     async def audit_head(self, _call: Call) -> audit.AuditHead:

@@ -94,8 +94,9 @@ async def desk(config: Path, admin: str = "admin") -> AsyncIterator[Desk]:
             )
             for name in (admin, None)
         ]
-        url, metrics = f"https://localhost:{controller.port}", f"http://127.0.0.1:{controller.metrics_port}"
-        yield Desk(url, sessions[0], sessions[1], metrics)
+        office = Desk(f"https://localhost:{controller.port}", sessions[0], sessions[1])
+        office.metrics = f"http://127.0.0.1:{controller.metrics_port}"
+        yield office
 
 
 async def eventually(condition: Any, seconds: float = 30) -> Any:
