@@ -67,7 +67,7 @@ async def test_the_figures_are_those_of_what_happened(config):
     runner = await edge.serve()
     async with desk(config) as office:
         await office.approve()
-        await office.call("POST", "/v1/hooks", {"url": "http://127.0.0.1:9/", "kinds": ["*"]}, expect=201)
+        hook = await office.call("POST", "/v1/hooks", {"url": "http://127.0.0.1:9/", "kinds": ["*"]}, expect=201)
         await edge.enrol(office.anyone, office.url, await office.token())
 
         async def polled():
@@ -93,10 +93,9 @@ async def test_the_figures_are_those_of_what_happened(config):
     assert found["enrolments_total", ("check", ""), ("outcome", "ok"), ("step", "complete")] == 1
     assert found["calls_total", ("method", "POST"), ("route", "/v1/hooks"), ("status", "201")] == 1
     assert found["deliveries_total", ("outcome", "failed"), ("sink", "hook")] >= 1
-    (depth,) = (value for (name, *_), value in found.items() if name == "outbox_events")
-    (oldest,) = (value for (name, *_), value in found.items() if name == "outbox_oldest_seconds")
-    assert depth >= 1
-    assert oldest > 0
+    assert found["outbox_events", ("sink", hook["id"])] >= 1
+    assert found["outbox_oldest_seconds", ("sink", hook["id"])] > 0
+    assert found["outbox_events", ("sink", "nats")] == found["outbox_oldest_seconds", ("sink", "nats")] == 0
     (beat,) = (value for (name, *_), value in found.items() if name == "replica_heartbeat_age_seconds")
     assert beat < watching.STALE_S
     assert found["database_errors_total",] == 0
