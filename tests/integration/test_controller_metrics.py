@@ -21,9 +21,11 @@ from controller import service as controller_service
 from controller.api import listening
 from controller.api.metrics import MAX_CONNECTIONS
 from controller.flows import watching
+from controller.flows.appraising import Appraiser
 from controller.service import Controller
 from controller.settings import load
-from controller.store.database import Database
+from controller.store.database import Database, StoreError
+from controller.trust.authority import Authority
 from tests.support.controller_service import controller_home, desk, eventually
 from tests.support.postgres import binaries, postgres_server
 from tests.support.software_node import SoftwareNode, Vendor
@@ -196,6 +198,27 @@ async def test_polling_that_pauses_or_stands_still_is_no_readiness(config, monke
     assert watch.why_not().startswith("database: it has not answered for")
     watch.stop()
     assert watch.why_not() == "it is stopping"
+    await database.close()
+
+
+async def test_a_poller_that_can_not_look_is_paused_until_it_can(config):
+    """It says so at its first failure, and not any more after it has looked again."""
+    settings = load(config)
+    database = await Database.open(settings.database)
+    authority = Authority.load(Path(settings.keys), settings.trust_domain)
+    poller = watching.WatchedPoller(database, Appraiser(authority), authority, settings.poll)
+    await poller._claim()
+    looked_us = poller.looked_us
+    assert (looked_us > 0, poller.paused) == (True, False)
+    async with database.begin() as connection:
+        await connection.exec_driver_sql("ALTER TABLE polls RENAME TO away")
+    with pytest.raises(StoreError):
+        await poller._claim()
+    assert (poller.looked_us, poller.paused) == (looked_us, True)
+    async with database.begin() as connection:
+        await connection.exec_driver_sql("ALTER TABLE away RENAME TO polls")
+    await poller._claim()
+    assert (poller.looked_us > looked_us, poller.paused) == (True, False)
     await database.close()
 
 
