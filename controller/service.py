@@ -28,8 +28,8 @@ from agent import clock
 from agent.errors import ConfigError, HostError
 from agent.host.notify import Notifier
 from controller import __version__
+from controller.api import listening, metrics
 from controller.api.limiter import Limiter
-from controller.api.metrics import ReplicaMetrics, metrics_application, serve_metrics
 from controller.api.nodes import node_routes, readiness_route
 from controller.api.openapi import document
 from controller.api.operators import Operators
@@ -52,9 +52,8 @@ from controller.trust.oidc import OidcReader
 __all__ = ["Controller", "run"]
 
 HEARTBEAT_S = 5.0
-HANDSHAKE_S = 10.0
+MAX_CONNECTIONS = 4096  # of nodes and operators at a time; each call is one, or a few on one
 SHUTDOWN_S = 10.0
-LEAVE_S = 3.0
 _log = structlog.get_logger(__name__)
 
 
@@ -94,8 +93,8 @@ class Controller:
             poller = Poller(database, appraiser, authority, settings.poll)
             deliverer = Deliverer(database, settings.nats)
             watch = Watch(database, poller, settings.poll, self._notifier)
-            metrics = ReplicaMetrics(figures, poller.counts, deliverer, database, watch, _expiries(authority))
-            await self._serve_metrics(stack, watch, metrics)
+            found = metrics.ReplicaMetrics(figures, poller.counts, deliverer, database, watch, _expiries(authority))
+            await self._serve_metrics(stack, watch, found)
             join = Joining(database, appraiser, authority, settings, roots, allowlist)
             routes = [
                 *node_routes(join, authority, Limiter(settings.enrolment.per_minute), settings.poll.max_evidence_bytes),
@@ -133,22 +132,21 @@ class Controller:
         self, stack: contextlib.AsyncExitStack, application: web.Application, context: ssl.SSLContext
     ) -> None:
         host, _, port = self._settings.listen.rpartition(":")
-        runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        try:
-            sock = socket.create_server((host.strip("[]"), int(port)), backlog=1024, reuse_port=False)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"listen: {self._settings.listen}: {error}") from error
+        if not (port.isascii() and port.isdigit()):
+            raise ConfigError(f"listen: {self._settings.listen!r} is not ADDRESS:PORT")
+        sock = listening.bind("listen", host.strip("[]"), int(port))
         self.port = sock.getsockname()[1]
-        site = web.SockSite(runner, sock, ssl_context=context)
-        await site.start()
+        serving = listening.serve(application, sock, most=MAX_CONNECTIONS, context=context, shutdown_s=SHUTDOWN_S)
+        await stack.enter_async_context(serving)
 
-    async def _serve_metrics(self, stack: contextlib.AsyncExitStack, watch: Watch, metrics: ReplicaMetrics) -> None:
+    async def _serve_metrics(
+        self, stack: contextlib.AsyncExitStack, watch: Watch, found: metrics.ReplicaMetrics
+    ) -> None:
         if self._settings.metrics.listen is not None:
-            address = split_listen("metrics.listen", self._settings.metrics.listen)
-            serving = serve_metrics(metrics_application(watch, metrics), address)
-            self.metrics_port = await stack.enter_async_context(serving)
+            sock = listening.bind("metrics.listen", *split_listen("metrics.listen", self._settings.metrics.listen))
+            self.metrics_port = sock.getsockname()[1]
+            application = metrics.metrics_application(watch, found)
+            await stack.enter_async_context(listening.serve(application, sock, most=metrics.MAX_CONNECTIONS))
 
     async def _keep_house(self, database: Database, presence: Presence) -> None:
         """Say that this replica lives, notice those that do not, delete what has expired."""

@@ -10,23 +10,18 @@ Rules:
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import resource
-import socket
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from aiohttp import web
-from aiohttp.web_protocol import RequestHandler
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from agent.errors import ConfigError, HostError
 from controller import __version__
 from controller.flows.deliver import Deliverer
 from controller.flows.polling import PollCounts
@@ -34,7 +29,7 @@ from controller.flows.watching import Watch
 from controller.metrics import Figures, Histogram, Tally
 from controller.store.database import Database
 
-__all__ = ["MAX_CONNECTIONS", "ReplicaMetrics", "metrics_application", "serve_metrics"]
+__all__ = ["MAX_CONNECTIONS", "ReplicaMetrics", "metrics_application"]
 
 MAX_CONNECTIONS = 32
 _PREFIX = "edgewarden_controller_"
@@ -151,43 +146,3 @@ def metrics_application(watch: Watch, metrics: ReplicaMetrics) -> web.Applicatio
     application = web.Application(client_max_size=1024)
     application.add_routes([web.get("/healthz", alive), web.get("/readyz", ready), web.get("/metrics", scrape)])
     return application
-
-
-@contextlib.asynccontextmanager
-async def serve_metrics(application: web.Application, address: tuple[str, int]) -> AsyncIterator[int]:
-    """Serve until the block ends; gives the port.
-
-    Raises:
-        ConfigError: the address can't be bound.
-        HostError: the server can't be made.
-    """
-    runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=0)
-    await runner.setup()
-    try:
-        server = runner.server
-        if server is None:
-            raise HostError("metrics.listen: the listener can't be served")
-
-        loop = asyncio.get_running_loop()
-
-        def make_room() -> None:
-            for oldest in server.connections[: 1 - MAX_CONNECTIONS]:
-                if oldest.transport is not None:
-                    oldest.transport.abort()
-
-        def connect() -> RequestHandler:
-            loop.call_soon(make_room)  # of those that are accepted in the same turn, the earlier ones are known by then
-            return server()
-
-        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        try:
-            sock = socket.create_server(address, family=family, backlog=MAX_CONNECTIONS)
-        except OSError as error:
-            raise ConfigError(f"metrics.listen: {address[0]}:{address[1]}: {error.strerror}") from error
-        listener = await loop.create_server(connect, sock=sock)
-        try:
-            yield sock.getsockname()[1]
-        finally:
-            listener.close()
-    finally:
-        await runner.cleanup()

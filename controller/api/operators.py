@@ -32,7 +32,7 @@ from controller.api.documents import (
     times,
 )
 from controller.api.hooks import Hooks
-from controller.api.routing import Call, Route
+from controller.api.routing import TEXT, Call, Route, number
 from controller.flows.appraising import Appraiser
 from controller.flows.approving import Approval, Change, Withdrawal, approve, withdraw
 from controller.flows.polling import Poller, UnreachableError
@@ -46,9 +46,8 @@ __all__ = ["Operators"]
 
 MAX_PAGE = 1000
 MAX_NAME_CHARS = 64
-LIMIT = {"type": "integer", "minimum": 0, "maximum": MAX_PAGE}
-NUMBER = {"type": "integer", "minimum": 0, "maximum": 2**53 - 1}
-TEXT = {"type": "string"}
+LIMIT = number(MAX_PAGE)
+MAX_SEQUENCE = 2**53 - 1
 Rows: TypeAlias = list[dict[str, Any]]
 _TOKEN_SECRET_BYTES = 32
 
@@ -87,7 +86,7 @@ class Operators:
             Route("POST", "/v1/admins", "Make an admin", self.make_admin, "admin.create", body=AdminRequest, answer=AdminCertificate, status=201, refusals=(409, 422)),
             Route("DELETE", "/v1/admins/{name}", "Revoke an admin", self.revoke_admin, "admin.revoke", answer=dict[str, str]),
             *Hooks(self.database).routes(),
-            Route("GET", "/v1/audit", "Read the audit log", self.read_audit, "audit.read", answer=Rows, query={"from": NUMBER, "limit": LIMIT}),
+            Route("GET", "/v1/audit", "Read the audit log", self.read_audit, "audit.read", answer=Rows, query={"from": number(MAX_SEQUENCE), "limit": LIMIT}),
             Route("GET", "/v1/audit/head", "Size and root of the audit log", self.audit_head, "audit.read", answer=audit.AuditHead),
             Route("GET", "/v1/audit/proofs/{sequence}", "A record with its inclusion proof", self.prove, "audit.read", answer=dict[str, Any]),
         ]  # fmt: skip
@@ -282,7 +281,7 @@ class Operators:
         """Return records."""
         async with self.database.begin() as connection:
             return await audit.read(
-                connection, call.number("from", 0, 2**53 - 1), call.number("limit", 100, audit.MAX_READ)
+                connection, call.number("from", 0, MAX_SEQUENCE), call.number("limit", 100, audit.MAX_READ)
             )
 
     async def audit_head(self, _call: Call) -> audit.AuditHead:

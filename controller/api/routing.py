@@ -31,7 +31,7 @@ from controller.store.database import Database, StoreError
 from controller.trust.authorize import Authorizer
 from controller.trust.node_tls import certificate_spki
 
-__all__ = ["BODY_TIMEOUT_S", "Call", "Route", "Surface"]
+__all__ = ["BODY_TIMEOUT_S", "TEXT", "Call", "Route", "Surface", "number"]
 
 BODY_TIMEOUT_S = 30.0
 MAX_BODY_BYTES = 1 << 20  # where a route says nothing
@@ -86,6 +86,14 @@ class Call:
         if not (value.isascii() and value.isdigit() and len(value) <= len(str(most)) and int(value) <= most):
             raise PeerError(400, "query", f"{name}: a number from 0 to {most}")
         return int(value)
+
+
+TEXT: Mapping[str, Any] = {"type": "string"}  # of a query parameter
+
+
+def number(most: int) -> Mapping[str, Any]:
+    """Return the JSON Schema of what :meth:`Call.number` takes."""
+    return {"type": "integer", "minimum": 0, "maximum": most}
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from agent import clock
 from agent.host.notify import Notifier
 from controller.flows.polling import Poller
 from controller.settings import PollSettings
-from controller.store import figures
+from controller.store import figures, replicas
 from controller.store.database import Database, StoreError
 from controller.store.figures import Sample
 
@@ -80,7 +80,7 @@ class Watch:
         while True:
             try:
                 async with self._database.begin() as connection:
-                    self.sample = await figures.sample(connection, clock.now_us())
+                    self.sample = await figures.sample(connection, await replicas.now_us(connection))
             except StoreError as error:
                 self._lost = str(error)
             else:

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import case, func, select
+from sqlalchemy import case, func, literal, select, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from controller.store.schema import deliveries, events, nodes, polls, replicas, states
+from controller.store import outbox
+from controller.store.schema import deliveries, events, hooks, nodes, polls, replicas, states
 
 __all__ = ["Backlog", "Sample", "sample"]
 
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """What waits for one sink: how many events, and how old the oldest is in seconds."""
+    """What waits for one sink, a hook or NATS: how many events, and how old the oldest is in seconds."""
 
     sink: str
     depth: int
@@ -53,17 +54,21 @@ async def sample(connection: AsyncConnection, now_us: int) -> Sample:
         )
         .group_by(status, reached)
     )
-    waiting = await connection.execute(
-        select(deliveries.c.target, func.count(), func.min(events.c.created_us))
-        .join(events, events.c.id == deliveries.c.event)
-        .where(deliveries.c.due_us.is_not(None))
-        .group_by(deliveries.c.target)
-        .order_by(deliveries.c.target)
+    # Sink by sink, along the index of what is due: what was delivered in thirty days costs nothing.
+    sinks = union_all(select(hooks.c.id.label("name")), select(literal(outbox.NATS))).subquery()
+    mine = (deliveries.c.target == sinks.c.name, deliveries.c.due_us.is_not(None))
+    depth = select(func.count()).select_from(deliveries).where(*mine).scalar_subquery()
+    oldest = (
+        select(func.min(events.c.created_us))
+        .select_from(deliveries.join(events, events.c.id == deliveries.c.event))
+        .where(*mine)
+        .scalar_subquery()
     )
+    waiting = await connection.execute(select(sinks.c.name, depth, oldest).order_by(sinks.c.name))
     alive = await connection.execute(select(replicas.c.name, replicas.c.seen_us).order_by(replicas.c.seen_us))
     return Sample(
         {(str(status), bool(reached)): int(number) for status, reached, number in by_status},
-        tuple(Backlog(sink, int(depth), _age_s(now_us, oldest_us)) for sink, depth, oldest_us in waiting),
+        tuple(Backlog(sink, int(depth), _age_s(now_us, oldest_us or now_us)) for sink, depth, oldest_us in waiting),
         {name: _age_s(now_us, seen_us) for name, seen_us in alive},
     )
 
