@@ -45,7 +45,7 @@ def canonical(value: JsonValue) -> bytes:
 
 def _check_canonical(value: JsonValue) -> None:
     match value:
-        case None | bool() | str():
+        case str() | None | bool():
             return
         case int():
             if not -_MAX_SAFE_INTEGER <= value <= _MAX_SAFE_INTEGER:

@@ -1,9 +1,10 @@
-"""Build one replica of the controller and run it: listener, poller, housekeeping.
+"""Build one replica of the controller and run it: listeners, poller, housekeeping.
 
 Rules:
 
 1. The first task that fails stops the process; the service manager starts it again, and nothing that was acknowledged is lost.
 2. A replica says in the database that it lives; the others notice when it does not any more, unless it has ended in order.
+3. Health and metrics are served before the rest, so that what keeps the rest from its work can be asked for.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from typing import Any
 
 import structlog
 from aiohttp import web
+from cryptography import x509
 
 from agent import clock
 from agent.errors import ConfigError, HostError
+from agent.host.notify import Notifier
 from controller import __version__
 from controller.api.limiter import Limiter
-from controller.api.nodes import node_routes
+from controller.api.metrics import ReplicaMetrics, metrics_application, serve_metrics
+from controller.api.nodes import node_routes, readiness_route
 from controller.api.openapi import document
 from controller.api.operators import Operators
 from controller.api.routing import Call, Route, Surface
@@ -35,7 +39,9 @@ from controller.flows.deliver import Deliverer
 from controller.flows.joining import Joining
 from controller.flows.polling import Poller
 from controller.flows.presence import Presence
-from controller.settings import Settings
+from controller.flows.watching import Watch
+from controller.metrics import Figures
+from controller.settings import Settings, split_listen
 from controller.store import joining as joining_store
 from controller.store.database import Database, StoreError
 from controller.trust.authority import Authority
@@ -48,16 +54,29 @@ __all__ = ["Controller", "run"]
 HEARTBEAT_S = 5.0
 HANDSHAKE_S = 10.0
 SHUTDOWN_S = 10.0
+LEAVE_S = 3.0
 _log = structlog.get_logger(__name__)
 
 
 class Controller:
-    """One replica. Use :meth:`running` inside the event loop."""
+    """One replica. Use :meth:`running` inside the event loop.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        settings: of this replica.
+        notifier: speaks to the service manager; to nobody by default.
+        watchdog_s: how long the service manager waits for a sign of life; None: it does not.
+
+    Attributes:
+        port, metrics_port: where it listens; 0: not yet, or not at all.
+    """
+
+    def __init__(self, settings: Settings, notifier: Notifier | None = None, watchdog_s: float | None = None) -> None:
         self._settings = settings
+        self._notifier = notifier or Notifier(None)
+        self._watchdog_s = watchdog_s
         self.id = secrets.token_hex(16)
         self.port = 0
+        self.metrics_port = 0
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[asyncio.TaskGroup]:
@@ -70,25 +89,42 @@ class Controller:
         async with contextlib.AsyncExitStack() as stack:
             database = await Database.open(settings.database)
             stack.push_async_callback(database.close)
-            appraiser = Appraiser(authority, nats=settings.nats is not None)
+            figures = Figures()
+            appraiser = Appraiser(authority, figures, nats=settings.nats is not None)
             poller = Poller(database, appraiser, authority, settings.poll)
+            deliverer = Deliverer(database, settings.nats)
+            watch = Watch(database, poller, settings.poll, self._notifier)
+            metrics = ReplicaMetrics(figures, poller.counts, deliverer, database, watch, _expiries(authority))
+            await self._serve_metrics(stack, watch, metrics)
             join = Joining(database, appraiser, authority, settings, roots, allowlist)
             routes = [
                 *node_routes(join, authority, Limiter(settings.enrolment.per_minute), settings.poll.max_evidence_bytes),
                 *Operators(database, authority, appraiser, poller, settings).routes(),
             ]
+            routes.append(readiness_route(watch.why_not))
             routes.append(_description(routes, settings.url))
             tokens = OidcReader(settings.oidc).read if settings.oidc else None
-            surface = Surface(database, Authorizer(), tokens)
+            authorizer = Authorizer()
+            stack.callback(authorizer.close)
+            surface = Surface(database, authorizer, tokens, figures)
             await self._serve(stack, surface.application(routes), context)
             name = f"{socket.gethostname()}:{os.getpid()}"
             presence = Presence(database, self.id, name, nats=settings.nats is not None)
             async with asyncio.TaskGroup() as group:
-                deliverer = Deliverer(database, settings.nats)
-                work = (poller.run(), deliverer.run(), self._keep_house(database, presence))
+                work = (
+                    poller.run(),
+                    deliverer.run(),
+                    self._keep_house(database, presence),
+                    watch.run(),
+                    watch.keep_alive(self._watchdog_s),
+                )
                 tasks = [group.create_task(one) for one in work]
-                _log.info("serving", port=self.port, replica=self.id, version=__version__)
+                self._notifier.ready()
+                _log.info(
+                    "serving", port=self.port, metrics_port=self.metrics_port, replica=self.id, version=__version__
+                )
                 yield group
+                watch.stop()
                 for task in tasks:
                     task.cancel()
             await presence.leave()
@@ -108,6 +144,12 @@ class Controller:
         site = web.SockSite(runner, sock, ssl_context=context)
         await site.start()
 
+    async def _serve_metrics(self, stack: contextlib.AsyncExitStack, watch: Watch, metrics: ReplicaMetrics) -> None:
+        if self._settings.metrics.listen is not None:
+            address = split_listen("metrics.listen", self._settings.metrics.listen)
+            serving = serve_metrics(metrics_application(watch, metrics), address)
+            self.metrics_port = await stack.enter_async_context(serving)
+
     async def _keep_house(self, database: Database, presence: Presence) -> None:
         """Say that this replica lives, notice those that do not, delete what has expired."""
         while True:
@@ -118,6 +160,12 @@ class Controller:
             except StoreError as error:
                 _log.error("database_lost", error=str(error))
             await asyncio.sleep(HEARTBEAT_S)
+
+
+def _expiries(authority: Authority) -> dict[str, float]:
+    server = x509.load_pem_x509_certificate(authority.server_files[0].read_bytes())
+    certificates = {"ca.pem": authority.certificate, "server.pem": server}
+    return {name: certificate.not_valid_after_utc.timestamp() for name, certificate in certificates.items()}
 
 
 def _description(routes: list[Route], url: str) -> Route:
@@ -145,8 +193,13 @@ def listener_context(authority: Authority) -> ssl.SSLContext:
     return context
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, notifier: Notifier, watchdog_s: float | None) -> None:
     """Run until SIGTERM or SIGINT.
+
+    Args:
+        settings: of this replica.
+        notifier: speaks to the service manager.
+        watchdog_s: how long that waits for a sign of life; None: it does not.
 
     Raises:
         ConfigError, HostError: what stands in the way of a start.
@@ -157,7 +210,7 @@ def run(settings: Settings) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        async with Controller(settings).running():
+        async with Controller(settings, notifier, watchdog_s).running():
             await stop.wait()
 
     import uvloop  # noqa: PLC0415 -- the other verbs need no event loop

@@ -26,6 +26,7 @@ __all__ = [
     "DEFAULT_CONFIG",
     "DatabaseSettings",
     "EnrolmentSettings",
+    "MetricsSettings",
     "NatsSettings",
     "OidcSettings",
     "PollSettings",
@@ -33,10 +34,12 @@ __all__ = [
     "database_url",
     "json_schema",
     "load",
+    "split_listen",
 ]
 
-DEFAULT_CONFIG = Path("/etc/edgewarden/controller.yaml")
+DEFAULT_CONFIG = Path("/etc/edgewarden-controller/controller.yaml")
 MAX_CONFIG_BYTES = 256 * 1024
+MAX_PORT = 65_535
 _SQLITE = "sqlite+aiosqlite"
 _POSTGRESQL = "postgresql+asyncpg"
 
@@ -48,6 +51,12 @@ class DatabaseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         "sqlite+aiosqlite:///controller.db"
     )
     password_file: Annotated[str | None, Meta(description="File that holds PostgreSQL's password.")] = None
+    ca: Annotated[
+        str | None,
+        Meta(
+            description="PEM file of the CAs that PostgreSQL's certificate is verified with; without it, no TLS is asked for."
+        ),
+    ] = None
     connections: Annotated[int, Meta(ge=2, le=100, description="Connections of this replica to PostgreSQL.")] = 10
 
     @property
@@ -105,6 +114,12 @@ class NatsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     ] = None
 
 
+class MetricsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where health and metrics are served."""
+
+    listen: Annotated[str | None, Meta(description="Loopback ADDRESS:PORT for Prometheus, or nothing.")] = None
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The whole file."""
 
@@ -121,6 +136,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     poll: PollSettings = PollSettings()
     oidc: OidcSettings | None = None
     nats: NatsSettings | None = None
+    metrics: MetricsSettings = MetricsSettings()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
@@ -146,8 +162,32 @@ def load(path: Path) -> Settings:
         settings = msgspec.convert(strict_yaml.load(text) or {}, Settings)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
+    if settings.metrics.listen is not None:
+        split_listen(f"{path}: metrics.listen", settings.metrics.listen)
     _check_nats(settings.nats)
     return _absolute(settings, path.resolve().parent)
+
+
+def split_listen(name: str, listen: str) -> tuple[str, int]:
+    """Split a loopback ``ADDRESS:PORT`` (an IPv6 address in brackets).
+
+    Args:
+        name: of the setting, for the error.
+        listen: its value.
+
+    Raises:
+        ConfigError: it is not of that form, or others than this machine could reach it.
+    """
+    host, _, port = listen.rpartition(":")
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        raise ConfigError(f"{name}: {listen!r} is not ADDRESS:PORT") from None
+    if not (port.isascii() and port.isdigit() and len(port) < 6 and int(port) <= MAX_PORT):  # noqa: PLR2004 -- digits
+        raise ConfigError(f"{name}: {port!r} is no port")
+    if not address.is_loopback:
+        raise ConfigError(f"{name}: {host} is not a loopback address: there is neither TLS nor a login there")
+    return str(address), int(port)
 
 
 def database_url(settings: DatabaseSettings) -> URL:
@@ -203,7 +243,7 @@ def _absolute(settings: Settings, base: Path) -> Settings:
     prefix = f"{_SQLITE}:///"
     if database.url.startswith(prefix):
         database = replace(database, url=prefix + str(base / database.url.removeprefix(prefix)))
-    database = replace(database, password_file=against(database.password_file))
+    database = replace(database, password_file=against(database.password_file), ca=against(database.ca))
     enrolment = replace(
         settings.enrolment,
         ek_roots=[str(base / root) for root in settings.enrolment.ek_roots],

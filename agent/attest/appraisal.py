@@ -32,15 +32,16 @@ into a VerificationError for a caller that wants nothing else.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import msgspec
 
 from agent.attest.evidence import Claims, Evidence, HexDigest, extra_data, quoted_pcrs
-from agent.attest.findings import Check, compare
-from agent.attest.measurement import MAX_LOG_ENTRIES, LogState, replay_log
+from agent.attest.findings import Check, Judgement, compare, judge
+from agent.attest.log_state import LogState
+from agent.attest.measurement import MAX_LOG_ENTRIES, Entry, replay_log
 from agent.attest.reference import ReferenceValues
 from agent.attest.structures import (
     ALG_SHA256,
@@ -54,7 +55,7 @@ from agent.attest.structures import (
 )
 from agent.errors import VerificationError
 
-__all__ = ["CHECKS", "Appraisal", "Check", "Expectation", "Verified", "appraise"]
+__all__ = ["CHECKS", "Appraisal", "Check", "Expectation", "StateNeededError", "Verified", "appraise"]
 
 CHECKS = (
     "encoding",
@@ -77,6 +78,9 @@ CHECKS = (
     "boot-pcrs",
 )
 
+_SKIPPED = {name: Check(name, "skipped") for name in CHECKS}
+_OK = {name: Check(name, "ok") for name in CHECKS}
+
 Status: TypeAlias = Literal["affirming", "warning", "contraindicated", "none"]
 
 
@@ -86,16 +90,22 @@ class Verified(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         index: entries verified, so the next ``from``.
         pcr: what they replay to.
-        state: what they say is in force.
+        state: what they say is in force. A Verifier may leave it out and hand it in when it is asked for.
         clock, reset_count, restart_count: of the quote that covered them.
+        judgement: what that state is, held against the Reference Values.
     """
 
     index: int
     pcr: HexDigest
-    state: LogState
+    state: LogState | None
     clock: int
     reset_count: int
     restart_count: int
+    judgement: Judgement | None = None
+
+
+class StateNeededError(LookupError):
+    """``verified.state`` was left out, and entries were added to the log or the Reference Values are others: appraise again with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +119,7 @@ class Expectation:
         control_spki_sha256: key shown by the peer that sent the Evidence; None when it did not come over a connection.
         inference_spki_sha256: keys shown by the inference listener, any of which may be claimed; None when not looked at.
         verified: result of the last appraisal of this node, if any.
+        enrolled_pcrs: boot PCRs at enrolment by index, lower-case hex.
     """
 
     nonce: bytes
@@ -117,6 +128,7 @@ class Expectation:
     control_spki_sha256: str | None = None
     inference_spki_sha256: frozenset[str] | None = None
     verified: Verified | None = None
+    enrolled_pcrs: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,14 +177,18 @@ _Ok: TypeAlias = Callable[[str], None]
 
 
 def appraise(evidence: bytes, expect: Expectation) -> Appraisal:
-    """Appraise Evidence as it came over the wire; raises nothing, see the module's text."""
-    checks = {name: Check(name, "skipped") for name in CHECKS}
+    """Appraise Evidence as it came over the wire; raises nothing for it, see the module's text.
+
+    Raises:
+        StateNeededError: the caller left the state out of ``verified``, and it is needed.
+    """
+    checks = dict(_SKIPPED)
     status: Status = "none"
     claims: Claims | None = None
     verified: Verified | None = None
 
     def ok(name: str) -> None:
-        checks[name] = Check(name, "ok")
+        checks[name] = _OK[name]
 
     try:
         sent, quote = _authenticate(evidence, expect, ok)
@@ -181,7 +197,7 @@ def appraise(evidence: bytes, expect: Expectation) -> Appraisal:
         values = _check_pcrs(sent, quote, expect.reference, ok)
         _check_clock(quote.clock, expect.verified)
         ok("clock")
-        verified = _replay(sent, quote.clock, values[expect.reference.measurement.pcr], expect)
+        verified, judgement = _replay(sent, quote.clock, values[expect.reference.measurement.pcr], expect)
         ok("log-replay")
     except _RetryLaterError as error:
         checks[error.check] = Check(error.check, "retry", error.message)
@@ -189,7 +205,9 @@ def appraise(evidence: bytes, expect: Expectation) -> Appraisal:
         checks[error.check] = Check(error.check, "failed", error.message)
     else:
         # 13-18. What is true is held against what was approved.
-        checks |= {check.name: check for check in compare(verified.state, claims, values, expect.reference)}
+        checks |= {
+            check.name: check for check in compare(judgement, claims, values, expect.reference, expect.enrolled_pcrs)
+        }
         outcomes = {check.outcome for check in checks.values()}
         status = "contraindicated" if "failed" in outcomes else "warning" if "warning" in outcomes else "affirming"
     return Appraisal(status, tuple(checks.values()), claims, verified)
@@ -229,7 +247,7 @@ def _check_peers(claims: Claims, expect: Expectation, checks: dict[str, Check]) 
     if expect.inference_spki_sha256 is not None and claims.inference_spki_sha256 not in expect.inference_spki_sha256:
         raise VerificationError("spki", "the inference listener's key is not the one in the claims")
     if expect.control_spki_sha256 is not None or expect.inference_spki_sha256 is not None:
-        checks["spki"] = Check("spki", "ok")
+        checks["spki"] = _OK["spki"]
     else:
         checks["spki"] = Check("spki", "skipped", "no peer's key was given")
 
@@ -263,29 +281,46 @@ def _check_clock(clock: ClockInfo, verified: Verified | None) -> None:
         raise VerificationError("clock", "the quote is older than the last verified one")
 
 
-def _replay(evidence: Evidence, clock: ClockInfo, quoted: bytes, expect: Expectation) -> Verified:
+def _replay(evidence: Evidence, clock: ClockInfo, quoted: bytes, expect: Expectation) -> tuple[Verified, Judgement]:
     # 12. The log: from its beginning, or from where it was verified in this same boot.
-    claims, before, measurement = evidence.claims, expect.verified, expect.reference.measurement
+    claims, before, reference = evidence.claims, expect.verified, expect.reference
+    pcr = reference.measurement.pcr
     if claims.start == 0:
-        value, state = bytes.fromhex(measurement.start), LogState()
+        value, before = bytes.fromhex(reference.measurement.start), None
     elif before is not None and (before.reset_count, before.index) == (clock.reset_count, claims.start):
-        value, state = bytes.fromhex(before.pcr), before.state
+        value = bytes.fromhex(before.pcr)
     else:
         raise VerificationError("log-replay", f"entries from {claims.start} do not continue a verified log: ask from 0")
-    entries, value = replay_log(evidence.entries, measurement.pcr, value)
+    entries, value = replay_log(evidence.entries, pcr, value, reference.known)
     if len(entries) != claims.count:
         raise VerificationError("log-replay", f"{len(entries)} entries were sent, {claims.count} are claimed")
     if claims.start + claims.count > MAX_LOG_ENTRIES:
         raise VerificationError("log-replay", f"the log has more than {MAX_LOG_ENTRIES} entries")
     if not hmac.compare_digest(value, quoted):
-        raise VerificationError("log-replay", f"the entries do not replay to the quoted PCR {measurement.pcr}")
-    if entries:
-        state = state.after(entries, at_start=claims.start == 0)
-    return Verified(
+        raise VerificationError("log-replay", f"the entries do not replay to the quoted PCR {pcr}")
+    state, judgement = _state(entries, before, reference)
+    verified = Verified(
         index=claims.start + claims.count,
         pcr=value.hex(),
         state=state,
         clock=clock.clock,
         reset_count=clock.reset_count,
         restart_count=clock.restart_count,
+        judgement=judgement,
     )
+    return verified, judgement
+
+
+def _state(
+    entries: list[Entry], before: Verified | None, reference: ReferenceValues
+) -> tuple[LogState | None, Judgement]:
+    """Return what the log says now and how that is judged; as before, where neither the log nor the Reference Values changed."""
+    if before is None:
+        state = LogState().after(entries, at_start=True)
+    elif not entries and before.judgement is not None and before.judgement.reference == reference.digest:
+        return before.state, before.judgement
+    elif before.state is None:
+        raise StateNeededError
+    else:
+        state = before.state.after(entries) if entries else before.state
+    return state, judge(state, reference)

@@ -10,12 +10,15 @@ Rules:
 3. Pushed Evidence and renewal are the same two calls: ``POST /node/v1/challenge``, then ``POST /node/v1/evidence``; with a certificate request
    the certificate is renewed. Who holds no valid certificate any more is recognised by its attestation key.
 4. A reader takes no field that it does not know and no value over its limit.
+5. Intermediates that a TPM's maker left in its NV are X.509 certificates in DER, one after the other, with or without padding (TCG EK Credential
+   Profile 2.5). Nobody vouches for them: they are split here, and believed where a chain leads through them to an operator's root.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import struct
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -30,6 +33,8 @@ __all__ = [
     "ENROL_PATH",
     "EVIDENCE_PATH",
     "MAX_CERTIFICATE_BYTES",
+    "MAX_EK_CHAIN",
+    "MAX_EK_CHAIN_BYTES",
     "MAX_JOIN_TOKEN_CHARS",
     "RESULT_PATH",
     "Challenge",
@@ -43,6 +48,8 @@ __all__ = [
     "PushAnswer",
     "PushedEvidence",
     "read_message",
+    "split_certificates",
+    "without_padding",
 ]
 
 ENROL_PATH = "/node/v1/enrol"
@@ -53,8 +60,12 @@ RESULT_PATH = "/attestation/v1/result"
 
 MAX_JOIN_TOKEN_CHARS = 2048
 MAX_CERTIFICATE_BYTES = 4096
-MAX_EK_CHAIN = 4  # intermediates that a node may send beside its EK certificate
+MAX_EK_CHAIN = 6  # intermediates that a node may send beside its EK certificate
+MAX_EK_CHAIN_BYTES = MAX_EK_CHAIN * MAX_CERTIFICATE_BYTES
 _PREFIX = "ew1."
+_DER_HEAD = struct.Struct(">HH")
+_DER_SEQUENCE = 0x3082  # with a length in two bytes, as every certificate has it
+_PADDING = b"\x00\xff"
 
 NodeId = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._-]{1,64}\Z")]
 _Certificate = Annotated[bytes, msgspec.Meta(min_length=1, max_length=MAX_CERTIFICATE_BYTES)]
@@ -223,3 +234,38 @@ def read_message(data: bytes, as_type: type[_T], limit: int) -> _T:
         return msgspec.json.decode(data, type=as_type)
     except ValueError as error:
         raise VerificationError("encoding", f"not a message of the node protocol: {error}") from error
+
+
+def split_certificates(data: bytes) -> tuple[bytes, ...]:
+    """Split certificates that stand one after the other in a TPM's NV; only their frames are looked at.
+
+    Args:
+        data: DER certificates; zeros or 0xff may stand between and after them.
+
+    Raises:
+        VerificationError: ``ek-chain``: more than :data:`MAX_EK_CHAIN`, or something that is no certificate or larger than
+            :data:`MAX_CERTIFICATE_BYTES`.
+    """
+    found: list[bytes] = []
+    rest = data.lstrip(_PADDING)
+    while rest:
+        size = _der_size(rest)
+        if not 0 < size <= min(len(rest), MAX_CERTIFICATE_BYTES):
+            raise VerificationError("ek-chain", f"what follows {len(found)} certificates is none")
+        if len(found) == MAX_EK_CHAIN:
+            raise VerificationError("ek-chain", f"more than {MAX_EK_CHAIN} certificates")
+        found.append(rest[:size])
+        rest = rest[size:].lstrip(_PADDING)
+    return tuple(found)
+
+
+def without_padding(certificate: bytes) -> bytes:
+    """Cut the padding that some makers leave behind a certificate in NV; what is no certificate stays as it is, and whoever verifies it says so."""
+    size = _der_size(certificate)
+    return certificate[:size] if size and not certificate[size:].strip(_PADDING) else certificate
+
+
+def _der_size(data: bytes) -> int:
+    """Return the size that the certificate at the start of these bytes gives itself; 0 where there is none."""
+    kind, length = _DER_HEAD.unpack_from(data.ljust(_DER_HEAD.size, b"\0"))
+    return _DER_HEAD.size + int(length) if kind == _DER_SEQUENCE else 0

@@ -8,19 +8,23 @@ Rules:
 3. What was never approved stays a finding until the next reset: no later entry takes it back.
 4. A refused file is a warning until its path is handed over again.
 5. All findings are given, not only the first: an operator wants to see every reason at once.
+6. What follows from the log and the Reference Values alone (13-16) is a :class:`Judgement`. It holds for as long as both are the same, which is
+   most of the time: then a Verifier that has kept it compares nothing anew, and needs no state of a log that has not grown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from agent.attest.evidence import Claims
+import msgspec
+
+from agent.attest.evidence import Claims, HexDigest
+from agent.attest.log_state import LogState
 from agent.attest.measurement import (
     BOOT_AGGREGATE,
     CONFIG_PATH,
-    LogState,
     boot_aggregate,
     model_path,
     policy_path,
@@ -28,7 +32,7 @@ from agent.attest.measurement import (
 )
 from agent.attest.reference import ReferenceValues
 
-__all__ = ["MAX_CHECK_ENTRIES", "Check", "Outcome", "compare"]
+__all__ = ["MAX_CHECK_ENTRIES", "Check", "Judgement", "Outcome", "compare", "judge"]
 
 MAX_CHECK_ENTRIES = 16
 _MAX_WORDS = 5
@@ -54,19 +58,29 @@ class Check:
     entries: tuple[str, ...] = ()
 
 
-def compare(state: LogState, claims: Claims, values: dict[int, bytes], reference: ReferenceValues) -> tuple[Check, ...]:
-    """Return the checks 13-18.
+class Judgement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a log says, held against Reference Values.
 
-    Args:
-        state: of the whole log, verified.
-        claims: authentic.
-        values: quoted PCRs by index.
-        reference: what the operator approved.
+    Attributes:
+        reference: their digest.
+        policy, policy_revision: in force, as the log says.
+        boot_aggregate: what the log began with.
+        checks: 13-16.
     """
+
+    reference: HexDigest
+    policy: HexDigest | None
+    policy_revision: str | None
+    boot_aggregate: HexDigest | None
+    checks: tuple[Check, ...]
+
+
+def judge(state: LogState, reference: ReferenceValues) -> Judgement:
+    """Hold the state of a whole, verified log against what the operator approved."""
     # What was ever in force and is not approved now: few, so that each check looks at these alone.
     approved = reference.models.get
     odd = [(what, digest) for what, digest in state.seen if "/" not in what or digest not in approved(what, ())]
-    return (
+    checks = (
         # 13. Every model file that was ever handed over since the reset was approved; those in force still are.
         _models(state, odd, reference),
         # 14. Nothing that was refused waits for its repair.
@@ -74,11 +88,33 @@ def compare(state: LogState, claims: Claims, values: dict[int, bytes], reference
         # 15. Settings, now and earlier.
         _config(state, odd, reference),
         # 16. The policy in force is assigned, or was until this rollout; earlier ones were approved once.
-        _policy(state, odd, claims, reference),
+        _policy(state, odd, reference),
+    )
+    return Judgement(reference.digest, state.policy, state.policy_revision, state.boot_aggregate, checks)
+
+
+def compare(
+    judgement: Judgement,
+    claims: Claims,
+    values: Mapping[int, bytes],
+    reference: ReferenceValues,
+    enrolled: Mapping[int, str],
+) -> tuple[Check, ...]:
+    """Return the checks 13-18.
+
+    Args:
+        judgement: of the whole log, verified.
+        claims: authentic.
+        values: quoted PCRs by index.
+        reference: what the operator approved.
+        enrolled: boot PCRs at enrolment by index, lower-case hex: what ``pinned`` rules take besides their own values.
+    """
+    return (
+        *_unless_claimed_otherwise(judgement, claims),
         # 17. The log began on the boot that the TPM shows.
-        _boot_aggregate(state, values, reference),
+        _boot_aggregate(judgement, values, reference),
         # 18. Boot PCRs by their rules.
-        _boot_pcrs(values, reference),
+        _boot_pcrs(values, reference, enrolled),
     )
 
 
@@ -116,17 +152,28 @@ def _config(state: LogState, odd: _Seen, reference: ReferenceValues) -> Check:
     return Check("config", "failed", words, (CONFIG_PATH,)) if words else Check("config", "ok")
 
 
-def _policy(state: LogState, odd: _Seen, claims: Claims, reference: ReferenceValues) -> Check:
+def _policy(state: LogState, odd: _Seen, reference: ReferenceValues) -> Check:
     policy = reference.policy
-    in_force = () if state.policy_revision is None else (policy_path(state.policy_revision),)
-    if state.policy is not None and claims.policy_sha256 != state.policy:
-        return Check("policy", "failed", "the claims name another policy than the log", in_force)
     words = _setting("policy", odd, state.policy, policy.in_force, policy.in_force | policy.retired)
     if words:
-        return Check("policy", "failed", words, in_force if state.policy not in policy.in_force else ())
+        entries = _policy_entries(state.policy_revision) if state.policy not in policy.in_force else ()
+        return Check("policy", "failed", words, entries)
     if state.policy != policy.assigned:
         return Check("policy", "ok", "the previous policy: the assigned one has not arrived yet")
     return Check("policy", "ok")
+
+
+def _policy_entries(revision: str | None) -> tuple[str, ...]:
+    return () if revision is None else (policy_path(revision),)
+
+
+def _unless_claimed_otherwise(judgement: Judgement, claims: Claims) -> tuple[Check, ...]:
+    """Return the checks 13-16: who claims another policy than the one that was measured fails for that."""
+    if judgement.policy is None or claims.policy_sha256 == judgement.policy:
+        return judgement.checks
+    entries = _policy_entries(judgement.policy_revision)
+    other = Check("policy", "failed", "the claims name another policy than the log", entries)
+    return tuple(other if check.name == "policy" else check for check in judgement.checks)
 
 
 def _setting(kind: str, odd: _Seen, in_force: str | None, approved: frozenset[str], once: frozenset[str]) -> str:
@@ -141,18 +188,19 @@ def _setting(kind: str, odd: _Seen, in_force: str | None, approved: frozenset[st
     return ""
 
 
-def _boot_aggregate(state: LogState, values: dict[int, bytes], reference: ReferenceValues) -> Check:
-    at_start = values | {reference.measurement.pcr: bytes.fromhex(reference.measurement.start)}
+def _boot_aggregate(judgement: Judgement, values: Mapping[int, bytes], reference: ReferenceValues) -> Check:
+    at_start = {**values, reference.measurement.pcr: bytes.fromhex(reference.measurement.start)}
     expected = boot_aggregate(at_start[index] for index in range(10)).digest.hex()
-    if state.boot_aggregate == expected:
+    if judgement.boot_aggregate == expected:
         return Check("boot-aggregate", "ok")
     return Check("boot-aggregate", "warning", "PCRs 0-9 are not what they were when the log began", (BOOT_AGGREGATE,))
 
 
-def _boot_pcrs(values: dict[int, bytes], reference: ReferenceValues) -> Check:
+def _boot_pcrs(values: Mapping[int, bytes], reference: ReferenceValues, enrolled: Mapping[int, str]) -> Check:
     changed: dict[str, list[str]] = {"ignored": [], "pinned": [], "exact": []}
     for index, rule in sorted(reference.boot.items()):
-        if values[index].hex() not in rule.values:
+        value = values[index].hex()
+        if value not in rule.values and not (rule.mode == "pinned" and enrolled.get(index) == value):
             changed[rule.mode].append(str(index))
     if changed["exact"]:
         return Check("boot-pcrs", "failed", f"PCRs {', '.join(changed['exact'])} are not what was approved")

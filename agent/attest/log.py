@@ -28,6 +28,7 @@ from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.attest.log_state import LogState
 from agent.attest.measurement import (
     ALLOWED_PCRS,
     MAX_ENTRY_BYTES,
@@ -35,7 +36,6 @@ from agent.attest.measurement import (
     MAX_LOG_ENTRIES,
     ZERO_PCR,
     Entry,
-    LogState,
     boot_aggregate,
     read_entry,
     replay,
@@ -44,7 +44,7 @@ from agent.attest.tpm import Tpm, TpmClearedError
 from agent.attest.tpm_thread import TpmThread
 from agent.errors import ConfigError, HostError, TpmError, VerificationError
 
-__all__ = ["KEPT_BOOTS", "MeasurementLog", "Snapshot", "TpmResetError", "check_pcr", "retire_logs"]
+__all__ = ["KEPT_BOOTS", "MeasurementLog", "Snapshot", "TpmResetError", "check_pcr", "fell_from", "retire_logs"]
 
 KEPT_BOOTS = 64  # logs of earlier boots
 _BOOT_PCRS = range(10)
@@ -92,12 +92,23 @@ def _count_of(path: Path) -> int:
     return int(digits)
 
 
+def fell_from(folder: Path, reset_count: int) -> int | None:
+    """Return the highest resetCount that a log was kept of, where the TPM's is lower now: it was cleared, or is another.
+
+    Raises:
+        VerificationError: ``measurement-log``: a file that is none of its.
+    """
+    highest = max(map(_count_of, folder.glob("boot-*.ima")), default=0)
+    return highest if highest > reset_count else None
+
+
 def retire_logs(folder: Path, epoch_us: int) -> None:
-    """Put the logs of a TPM that was cleared aside; a part of enrolling again."""
+    """Put the logs of a TPM that was cleared aside; a part of leaving. The one that shows it goes last: an interrupted call can be made again."""
     retired = folder / f"retired-{epoch_us}"
-    retired.mkdir()
-    for path in folder.glob("boot-*.ima"):
+    retired.mkdir(mode=0o700)
+    for path in sorted(folder.glob("boot-*.ima"), key=_count_of):
         path.rename(retired / path.name)
+    _sync_folder(retired)
     _sync_folder(folder)
 
 
@@ -270,13 +281,15 @@ class _LogFile:
 
     def _choose_boot(self, path: Path, reset_count: int) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        counts = sorted(_count_of(found) for found in self._folder.glob("boot-*.ima"))
-        if counts and counts[-1] > reset_count:
+        highest = fell_from(self._folder, reset_count)
+        if highest is not None:
             raise TpmClearedError(
-                f"TPM: its resetCount fell from {counts[-1]} to {reset_count}: it was cleared; enrol this node again"
+                f"TPM: its resetCount fell from {highest} to {reset_count}: it was cleared; enrol this node again, after "
+                "edgewarden attest leave --offline"
             )
         if path.exists():
             return
+        counts = sorted(_count_of(found) for found in self._folder.glob("boot-*.ima"))
         for count in counts[:-KEPT_BOOTS]:
             self._path(count).unlink()
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))

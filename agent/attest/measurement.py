@@ -1,4 +1,6 @@
-"""The measurement log's format and what it means: pure functions of bytes, used by the node and by its appraiser.
+"""The measurement log's format: pure functions of bytes, used by the node and by its appraiser.
+
+What a log means is in :mod:`agent.attest.log_state`.
 
 Rules:
 
@@ -8,9 +10,7 @@ Rules:
 2. A bank is extended with that bank's own hash of the template data (Linux since 5.8).
 3. A reader accepts only what the writer below can write: SHA-256 file digests, printable paths without spaces, one
    PCR, a right template digest. Anything else is a VerificationError of the check ``log-replay``.
-4. The log replays to a state. Handed over: the model file is in force, whatever was refused at its path before.
-   Refused: open until the same path is handed over. Unloaded: all files of that version are out of force. What was
-   ever in force since the log began stays in ``seen``: no later entry takes it back.
+4. A reader may know entries beforehand (:func:`known_models`): the same bytes mean the same, and need not be read again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -29,6 +29,7 @@ __all__ = [
     "BOOT_AGGREGATE",
     "CONFIG_PATH",
     "KERNEL_PCR",
+    "KEY_SLASHES",
     "MAX_ENTRY_BYTES",
     "MAX_LOG_BYTES",
     "MAX_LOG_ENTRIES",
@@ -36,9 +37,10 @@ __all__ = [
     "PCR_BYTES",
     "ZERO_PCR",
     "Entry",
-    "LogState",
+    "KnownEntry",
     "boot_aggregate",
     "config_entry",
+    "known_models",
     "model_entry",
     "model_path",
     "parse_entries",
@@ -69,6 +71,7 @@ _DIGEST_PREFIX = b"sha256:\0"
 _HEADER = struct.Struct("<I20sI6sI")  # pcr, SHA-1 template digest, name's length, name, length of the data
 _DATA_HEAD = struct.Struct("<I8s32sI")  # length of the digest field, algorithm, digest, length of the path field
 _LENGTH = struct.Struct("<I")
+_LENGTH_AT = _HEADER.size - _LENGTH.size
 _DIGEST_FIELD_BYTES = len(_DIGEST_PREFIX) + PCR_BYTES
 _MAX_DATA_BYTES = 2 * _LENGTH.size + _DIGEST_FIELD_BYTES + MAX_PATH_BYTES + 1
 MAX_ENTRY_BYTES = _HEADER.size + _MAX_DATA_BYTES
@@ -76,7 +79,7 @@ MAX_ENTRY_BYTES = _HEADER.size + _MAX_DATA_BYTES
 _PATH = re.compile(r"[!-~]+")
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _FILE = re.compile(r"[!-.0-~]+(?:/[!-.0-~]+)*")  # printable ASCII without spaces, no empty part
-_KEY_SLASHES = 2  # at least, in ``name/version/file``
+KEY_SLASHES = 2  # at least, in ``name/version/file``
 _NOTHING = hashlib.sha256(b"").digest()
 
 
@@ -104,6 +107,37 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     def ascii(self, pcr: int) -> str:
         """Return the entry as it stands in ``ascii_runtime_measurements``."""
         return f"{pcr:2d} {_sha1(self.template_data()).hex()} ima-ng sha256:{self.digest.hex()} {self.path}"
+
+
+class KnownEntry(Entry, frozen=True, gc=False):
+    """A model file's entry with what follows from it.
+
+    Attributes:
+        file: ``name/version/file`` and the digest in hex.
+        extends: what the SHA-256 bank is extended with.
+    """
+
+    file: tuple[str, str]
+    extends: bytes
+
+
+def known_models(models: Mapping[str, Iterable[str]], pcr: int) -> dict[bytes, KnownEntry]:
+    """Return what the log's bytes are for approved model files, so that a reader of many logs needs no more than look each entry up.
+
+    Args:
+        models: digests in hex by ``name/version/file``. A key that no log entry can hold is left out: no log has it.
+        pcr: of the log.
+    """
+    known: dict[bytes, KnownEntry] = {}
+    for key, digests in models.items():
+        path = model_path(key)
+        if key.count("/") < KEY_SLASHES or len(path) > MAX_PATH_BYTES or not _PATH.fullmatch(path):
+            continue
+        for digest in digests:
+            entry = Entry(path, bytes.fromhex(digest))
+            extends = hashlib.sha256(entry.template_data()).digest()
+            known[entry.encode(pcr)] = KnownEntry(path, entry.digest, (key, digest), extends)
+    return known
 
 
 def _sha1(data: bytes) -> bytes:
@@ -226,42 +260,52 @@ def _read_template(data: bytes) -> Entry:
     raise _refuse("an entry's data is not a SHA-256 digest and a printable path")
 
 
-def _templates(data: bytes, pcr: int) -> Iterator[tuple[Entry, bytes]]:
-    """Yield the entries of a binary log with their template data."""
-    if len(data) > MAX_LOG_BYTES:
-        raise _refuse(f"{len(data)} bytes of entries are over {MAX_LOG_BYTES}")
-    at = count = 0
-    while at < len(data):
-        found = _read(data, at, pcr)
-        if found is None:
-            raise _refuse("the last entry is cut short")
-        count += 1
-        if count > MAX_LOG_ENTRIES:
-            raise _refuse(f"the log has more than {MAX_LOG_ENTRIES} entries")
-        entry, template_data, at = found
-        yield entry, template_data
-
-
 def parse_entries(data: bytes, pcr: int) -> Iterator[Entry]:
     """Yield the entries of a binary log.
 
     Raises:
         VerificationError: ``log-replay``: malformed, cut short, or over a limit.
     """
-    return (entry for entry, _ in _templates(data, pcr))
+    return iter(replay_log(data, pcr)[0])
 
 
-def replay_log(data: bytes, pcr: int, start: bytes = ZERO_PCR) -> tuple[list[Entry], bytes]:
+def replay_log(
+    data: bytes, pcr: int, start: bytes = ZERO_PCR, known: Mapping[bytes, KnownEntry] | None = None
+) -> tuple[list[Entry], bytes]:
     """Return the entries of a binary log and the SHA-256 PCR after extending it by them: both in one pass.
 
+    Args:
+        data: the log.
+        pcr: that its entries must be for.
+        start: what the PCR held before.
+        known: entries by their bytes, for the same PCR.
+
     Raises:
-        VerificationError: ``log-replay``, as :func:`parse_entries`.
+        VerificationError: ``log-replay``: malformed, cut short, or over a limit.
     """
-    entries, value, sha256 = [], start, hashlib.sha256
-    for entry, template_data in _templates(data, pcr):
+    if len(data) > MAX_LOG_BYTES:
+        raise _refuse(f"{len(data)} bytes of entries are over {MAX_LOG_BYTES}")
+    entries: list[Entry] = []
+    value, at, size, sha256, length_at = start, 0, len(data), hashlib.sha256, _LENGTH.unpack_from
+    find = (known or {}).get
+    while at < size:
+        # The bytes up to where this entry says that it ends: either known, or looked at with care.
+        end = at + _HEADER.size + length_at(data, at + _LENGTH_AT)[0] if at + _HEADER.size <= size else size
+        same = find(data[at:end])
+        entry, extends, at = _read_whole(data, at, pcr) if same is None else (same, same.extends, end)
+        if len(entries) == MAX_LOG_ENTRIES:
+            raise _refuse(f"the log has more than {MAX_LOG_ENTRIES} entries")
         entries.append(entry)
-        value = sha256(value + sha256(template_data).digest()).digest()
+        value = sha256(value + extends).digest()
     return entries, value
+
+
+def _read_whole(data: bytes, at: int, pcr: int) -> tuple[Entry, bytes, int]:
+    found = _read(data, at, pcr)
+    if found is None:
+        raise _refuse("the last entry is cut short")
+    entry, template_data, end = found
+    return entry, hashlib.sha256(template_data).digest(), end
 
 
 def replay(entries: Iterable[Entry], start: bytes = ZERO_PCR) -> bytes:
@@ -270,76 +314,3 @@ def replay(entries: Iterable[Entry], start: bytes = ZERO_PCR) -> bytes:
     for entry in entries:
         value = hashlib.sha256(value + hashlib.sha256(entry.template_data()).digest()).digest()
     return value
-
-
-class LogState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a log says is in force. Digests are lower-case hex.
-
-    Attributes:
-        boot_aggregate: digest of the first entry, if that is what it was.
-        config: settings in force.
-        policy_revision: revision of the policy in force.
-        policy: digest of that bundle.
-        models: files in force, by ``name/version/file``.
-        refused: open refusals, by ``name/version/file``.
-        seen: every (``config``, ``policy`` or ``name/version/file``; digest) that was in force since the log began.
-    """
-
-    boot_aggregate: str | None = None
-    config: str | None = None
-    policy_revision: str | None = None
-    policy: str | None = None
-    models: dict[str, str] = {}
-    refused: dict[str, str] = {}
-    seen: frozenset[tuple[str, str]] = frozenset()
-
-    def after(self, entries: Iterable[Entry], *, at_start: bool = False) -> LogState:
-        """Return the state after further entries; ``at_start`` when the first of them is the log's first.
-
-        Raises:
-            VerificationError: ``log-replay``: an entry's path is none of those that the agent writes.
-        """
-        fold = _Fold(self)
-        for index, entry in enumerate(entries):
-            fold.apply(entry, first=at_start and index == 0)
-        return fold.state()
-
-
-class _Fold:
-    """A LogState in the making."""
-
-    def __init__(self, state: LogState) -> None:
-        self._fields = {name: getattr(state, name) for name in state.__struct_fields__}
-        self._models = dict(state.models)
-        self._refused = dict(state.refused)
-        self._seen = set(state.seen)
-
-    def state(self) -> LogState:
-        return LogState(
-            **self._fields | {"models": self._models, "refused": self._refused, "seen": frozenset(self._seen)}
-        )
-
-    def apply(self, entry: Entry, *, first: bool) -> None:
-        digest = entry.digest.hex()
-        if first != (entry.path == BOOT_AGGREGATE):
-            raise _refuse(f"{BOOT_AGGREGATE} is the first entry and no other")
-        match entry.path.split("/", 2):
-            case ["edgewarden", "models", key] if key.count("/") >= _KEY_SLASHES:
-                self._models[key] = digest
-                self._refused.pop(key, None)
-                self._seen.add((key, digest))
-            case ["edgewarden", "refused", key] if key.count("/") >= _KEY_SLASHES:
-                self._refused[key] = digest
-            case ["edgewarden", "unload", version] if version.count("/") == 1:
-                gone = f"{version}/"
-                self._models = {key: value for key, value in self._models.items() if not key.startswith(gone)}
-            case ["edgewarden", "policy", revision] if "/" not in revision:
-                self._fields |= {"policy_revision": revision, "policy": digest}
-                self._seen.add(("policy", digest))
-            case ["edgewarden", "config"]:
-                self._fields["config"] = digest
-                self._seen.add(("config", digest))
-            case ["boot_aggregate"]:
-                self._fields["boot_aggregate"] = digest
-            case _:
-                raise _refuse(f"{entry.path!r} is no path that the agent measures")

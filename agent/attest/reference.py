@@ -2,25 +2,26 @@
 
 Rules: what is not listed is not approved; an unknown field, a digest that is not 64 lower-case hex digits or a PCR that
 can't hold the log is a ConfigError. The start value of the measurement PCR stands here because it is never the node's word.
+Values never change; what a Verifier of many nodes derives from them is derived once.
 """
 
 from __future__ import annotations
 
-import re
+import functools
+import hashlib
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
 
 from agent.attest.evidence import HexDigest
-from agent.attest.measurement import ALLOWED_PCRS, ZERO_PCR
+from agent.attest.measurement import ALLOWED_PCRS, ZERO_PCR, KnownEntry, known_models
 from agent.errors import ConfigError
 from agent.records import JsonValue, canonical
 
-__all__ = ["MAX_REFERENCE_BYTES", "BootRule", "Measurement", "PolicyReference", "ReferenceValues", "pinned"]
+__all__ = ["MAX_REFERENCE_BYTES", "BootRule", "Measurement", "PolicyReference", "ReferenceValues"]
 
 MAX_REFERENCE_BYTES = 16 * 1024 * 1024
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,7 +51,7 @@ class BootRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     values: frozenset[HexDigest] = frozenset()
 
 
-class ReferenceValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ReferenceValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """All Reference Values for a node.
 
     Attributes:
@@ -71,6 +72,16 @@ class ReferenceValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     boot: dict[Annotated[int, msgspec.Meta(ge=0, le=11)], BootRule] = {}
     retired_configs: frozenset[HexDigest] = frozenset()
     version: Literal[1] = 1
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of :meth:`encode`, in hex: says which values an appraisal was made with."""
+        return hashlib.sha256(self.encode()).hexdigest()
+
+    @functools.cached_property
+    def known(self) -> Mapping[bytes, KnownEntry]:
+        """The log's entries of approved model files by their bytes."""
+        return known_models(self.models, self.measurement.pcr)
 
     def encode(self) -> bytes:
         """Return them as canonical JSON with sorted sets."""
@@ -97,25 +108,3 @@ class ReferenceValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "Reference Values: a boot rule names PCR 10 or the measurement PCR; neither is a boot PCR"
             )
         return values
-
-
-def pinned(reference: ReferenceValues, pcrs: Mapping[int, str]) -> ReferenceValues:
-    """Add a node's boot PCR values from its enrolment to the rules of mode ``pinned``.
-
-    Values that an operator approved since stay beside them. A pinned PCR without a value here keeps its rule, so that it warns.
-
-    Args:
-        reference: of the node's group.
-        pcrs: SHA-256 bank by index, lower-case hex.
-
-    Raises:
-        ConfigError: a value is not 64 lower-case hex digits.
-    """
-    for index, value in pcrs.items():
-        if not _DIGEST.fullmatch(value):
-            raise ConfigError(f"the value of PCR {index} at enrolment is not a SHA-256 digest")
-    boot = {
-        index: BootRule(rule.mode, rule.values | {pcrs[index]}) if rule.mode == "pinned" and index in pcrs else rule
-        for index, rule in reference.boot.items()
-    }
-    return msgspec.structs.replace(reference, boot=boot)

@@ -70,6 +70,11 @@ _RSA_BITS = 2048
 _MAGIC = 0xFF544347  # TPM_GENERATED_VALUE
 _ST_ATTEST_QUOTE = 0x8018
 _RH_ENDORSEMENT = 0x4000000B
+_HEAD = struct.Struct(">IH")
+_CLOCK_INFO = struct.Struct(">QIIB")
+_FIRMWARE_AND_BANKS = struct.Struct(">QI")
+_SELECTION = struct.Struct(">HB")
+_SCHEME = struct.Struct(">HH")
 
 # FIXEDTPM 0x2, FIXEDPARENT 0x10, SENSITIVEDATAORIGIN 0x20, USERWITHAUTH 0x40, NODA 0x400, RESTRICTED 0x10000, SIGN 0x40000
 _AK_ATTRIBUTES = 0x0002 | 0x0010 | 0x0020 | 0x0040 | 0x0400 | 0x10000 | 0x40000
@@ -130,6 +135,9 @@ class _Reader:
         part = self._data[self._at : self._at + size]
         self._at += size
         return part
+
+    def fields(self, form: struct.Struct) -> tuple[int, ...]:
+        return form.unpack(self.take(form.size))
 
     def number(self, size: int) -> int:
         return int.from_bytes(self.take(size))
@@ -215,17 +223,16 @@ def parse_quote(data: bytes) -> Quote:
         VerificationError: ``encoding``; ``attest-type`` when the TPM did not make it or it is not a quote.
     """
     reader = _Reader(data, MAX_ATTEST_BYTES, "TPMS_ATTEST")
-    magic, kind = reader.number(4), reader.number(2)
+    magic, kind = reader.fields(_HEAD)
     if magic != _MAGIC:
         raise VerificationError("attest-type", f"magic {magic:#x} is not that of a structure that a TPM made")
     if kind != _ST_ATTEST_QUOTE:
         raise VerificationError("attest-type", f"structure {kind:#x} is not a quote")
     signer, extra_data = reader.sized(), reader.sized()
-    clock, reset_count, restart_count, safe = (reader.number(size) for size in (8, 4, 4, 1))
+    clock, reset_count, restart_count, safe = reader.fields(_CLOCK_INFO)
     if safe > 1:
         reader.fail("a flag is neither yes nor no")
-    firmware = reader.number(8)
-    banks = reader.number(4)
+    firmware, banks = reader.fields(_FIRMWARE_AND_BANKS)
     if banks > MAX_PCR_BANKS:
         reader.fail(f"{banks} PCR banks are over the limit of {MAX_PCR_BANKS}")
     selections = tuple(_selection(reader) for _ in range(banks))
@@ -236,7 +243,7 @@ def parse_quote(data: bytes) -> Quote:
 
 
 def _selection(reader: _Reader) -> PcrSelection:
-    algorithm, size = reader.number(2), reader.number(1)
+    algorithm, size = reader.fields(_SELECTION)
     if size > MAX_SELECT_BYTES:
         reader.fail(f"a PCR bitmap of {size} bytes is over the limit of {MAX_SELECT_BYTES}")
     bits = int.from_bytes(reader.take(size), "little")
@@ -250,7 +257,7 @@ def parse_signature(data: bytes) -> Signature:
         VerificationError: ``signature-scheme``, for anything but a well-formed ECDSA signature over SHA-256.
     """
     reader = _Reader(data, MAX_SIGNATURE_BYTES, "TPMT_SIGNATURE", "signature-scheme")
-    scheme, digest = reader.number(2), reader.number(2)
+    scheme, digest = reader.fields(_SCHEME)
     if (scheme, digest) != (_ALG_ECDSA, ALG_SHA256):
         raise VerificationError("signature-scheme", f"{scheme:#x} over {digest:#x} is not ECDSA over SHA-256")
     r, s = reader.sized(), reader.sized()

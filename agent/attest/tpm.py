@@ -7,7 +7,8 @@ Rules:
 2. An extend goes to every allocated bank, each with its own hash of the same data.
 3. A credential is activated under the policy that the default endorsement templates hold: PolicySecret of the endorsement hierarchy. The
    session and the endorsement key are flushed whatever happens.
-4. The door blocks; :mod:`agent.attest.tpm_thread` keeps it off the event loop.
+4. Of what lies in NV, sizes are asked for before contents: anybody who knows the owner's authorization can write there.
+5. The door blocks; :mod:`agent.attest.tpm_thread` keeps it off the event loop.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tpm2_pytss import (
     TPM2B_ID_OBJECT,
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
+    TPMA_NV,
     TPML_DIGEST_VALUES,
     TPML_PCR_SELECTION,
     TPMT_HA,
@@ -40,15 +42,18 @@ from tpm2_pytss import (
 )
 from tpm2_pytss.utils import NVReadEK, create_ek_template
 
+from agent.attest.enrolment import MAX_EK_CHAIN_BYTES, split_certificates, without_padding
 from agent.attest.structures import AkKind, ClockInfo, parse_ak_public, parse_rsa_ak_public
-from agent.errors import TpmError
+from agent.errors import TpmError, VerificationError
 
 __all__ = ["DEFAULT_EK_PROFILES", "EK_PROFILES", "Endorsement", "Tpm", "TpmClearedError"]
 
 MAX_TRANSIENT_HANDLES = 64
 MAX_BANKS = 16
+MAX_EK_CHAIN_INDICES = 256  # 0x01c00100 to 0x01c001ff (TCG EK Credential Profile 2.5)
 PCRS_PER_READ = 8  # TPM2_PCR_Read answers with at most 8 digests
 
+_EK_CHAIN_INDEX = 0x01C00100
 _TSS_LAYER_MASK = 0x00FF0000  # zero when the TPM itself answered
 _BANK_HASHES = {
     0x0004: "sha1",
@@ -232,8 +237,39 @@ class Tpm:
             except TSS2_Exception as error:
                 raise _ours(error, f"read the certificate of {profile}") from error
             if certificate is not None:
-                found.append(Endorsement(profile, certificate, self._public_of(template)))
+                found.append(Endorsement(profile, without_padding(certificate), self._public_of(template)))
         return tuple(found)
+
+    def ek_chain(self) -> tuple[bytes, ...]:
+        """Read the intermediate certificates (DER) that the TPM's maker left in NV.
+
+        They stand from index 0x01c00100 on; the first that is missing, not written or not readable without an authorization ends them.
+
+        Raises:
+            TpmError: the TPM did not do its part.
+            VerificationError: ``ek-chain``: over :data:`~agent.attest.enrolment.MAX_EK_CHAIN_BYTES`, or no certificates.
+        """
+        _, found = self._run(
+            "list NV indices", self._esys.get_capability, TPM2_CAP.HANDLES, _EK_CHAIN_INDEX, MAX_EK_CHAIN_INDICES
+        )
+        data = b""
+        for expected, index in enumerate(found.data.handles, _EK_CHAIN_INDEX):
+            size = self._nv_size(int(index)) if index == expected else 0
+            if not size:
+                break
+            if len(data) + size > MAX_EK_CHAIN_BYTES:
+                raise VerificationError("ek-chain", f"NV holds more than {MAX_EK_CHAIN_BYTES} bytes of certificates")
+            data += self._run(f"read NV index {index:#x}", NVReadEK(self._esys), index)
+        return split_certificates(data)
+
+    def _nv_size(self, index: int) -> int:
+        """Return how many bytes can be read from an NV index; none where it is not written, or wants an authorization."""
+        public = self._run(
+            f"look at NV index {index:#x}",
+            lambda: self._esys.nv_read_public(self._esys.tr_from_tpmpublic(index))[0].nvPublic,
+        )
+        readable = TPMA_NV.WRITTEN | TPMA_NV.AUTHREAD
+        return int(public.dataSize) if public.attributes & readable == readable else 0
 
     def _public_of(self, template: Any) -> bytes:  # noqa: ANN401 -- tpm2_pytss has no type information
         with self._endorsement_key(template) as (_, public):

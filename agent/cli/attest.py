@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from agent.attest.appraisal import Appraisal, Check, Expectation, appraise
 from agent.attest.evidence import MAX_EVIDENCE_BYTES, NONCE_BYTES
+from agent.attest.log_state import LogState
 from agent.attest.reference import ReferenceValues
 from agent.attest.structures import MAX_PUBLIC_BYTES, parse_ak_public
 from agent.cli import enrol, reference
@@ -119,7 +120,7 @@ def _as_json(appraisal: Appraisal) -> str:
 def _as_text(appraisal: Appraisal) -> str:
     lines = [_line(check) for check in appraisal.checks]
     if appraisal.verified is not None:
-        state = appraisal.verified.state
+        state = appraisal.verified.state or LogState()
         lines += [
             "",
             f"entries   {appraisal.verified.index}",

@@ -1,4 +1,4 @@
-"""``edgewarden attest enrol|status|leave``: a running node and its controller.
+"""``edgewarden attest enrol|status|leave``: a running node and its controller, and a way out for one that does not run.
 
 The join token comes from a file or from standard input, never as an argument: every user of the machine can read arguments.
 """
@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import click
 
 from agent.cli import admin
+from agent.config import DEFAULT_CONFIG, load
 from agent.errors import HostError, VerificationError
 
 __all__ = ["enrol", "leave", "status"]
@@ -63,10 +64,38 @@ def status(socket_path: Path, as_json: bool) -> None:
 
 @click.command()
 @_socket_option
+@click.option("--offline", is_flag=True, help="No agent runs, or none can: work on its files, as root.")
+@click.option(
+    "--config",
+    "-c",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=DEFAULT_CONFIG,
+    show_default=True,
+    help="With --offline: the node's configuration.",
+)
 @_json_option
-def leave(socket_path: Path, as_json: bool) -> None:
-    """Let the running node forget its controller; release it there as well."""
-    _show(_ask(socket_path, "DELETE", "/admin/v1/enrolment"), as_json)
+def leave(socket_path: Path, config: Path, *, offline: bool, as_json: bool) -> None:
+    """Let the node forget its controller; release it there as well.
+
+    With --offline also the measurement logs of a TPM that was cleared are put aside, so that the agent can start again.
+    """
+    if not offline:
+        _show(_ask(socket_path, "DELETE", "/admin/v1/enrolment"), as_json)
+        return
+    from agent.daemon.offline import leave_offline  # noqa: PLC0415 -- what talks to a running node needs no TPM library
+
+    settings = load(config)
+    left = leave_offline(settings)
+    retired = [str(folder) for folder in left.retired]
+    if as_json:
+        answer = {"enrolled": False, "left": left.enrolled, "controller": left.controller, "retired": retired}
+        click.echo(json.dumps(answer, indent=2))
+        return
+    if left.enrolled:
+        click.echo(f"left         {left.controller or 'a controller whose address could not be read'}")
+    for folder in retired:
+        click.echo(f"put aside    the measurement logs in {folder}: the TPM was cleared")
+    click.echo(f"next         edgewarden node release {settings.node.id} at the controller; start the agent; enrol")
 
 
 def _ask(

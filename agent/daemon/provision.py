@@ -22,6 +22,7 @@ from pathlib import Path
 
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
 from agent import messages
@@ -196,7 +197,7 @@ def spki_sha256(setting: str, certificate: bytes) -> str:
     """Return the hex SHA-256 of a certificate's SubjectPublicKeyInfo."""
     try:
         key = x509.load_pem_x509_certificate(certificate).public_key()
-    except ValueError as error:
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise ConfigError(f"{setting}: not a PEM certificate ({error})") from error
     der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(der).hexdigest()

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -108,7 +109,7 @@ async def pinned_context(url: str, expected_spki_sha256: str) -> ssl.SSLContext:
         writer.transport.abort()
     try:
         shown = key_sha256(x509.load_der_x509_certificate(der or b"").public_key())
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise VerificationError("controller-key", "the listener shows no certificate that can be read") from error
     if not hmac.compare_digest(shown, expected_spki_sha256):
         raise VerificationError(

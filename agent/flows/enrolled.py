@@ -20,6 +20,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -41,6 +42,15 @@ __all__ = ["Enrolment", "EnrolmentStore", "Identity", "Mode", "csr_for", "new_ke
 Mode = Literal["pull", "push"]
 MAX_FILE_BYTES: Final = 1 << 20
 _CHECK = "enrolment"
+_NO_CERTIFICATE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.ExtensionNotFound,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 _RECORD, _KEY, _CERTIFICATE, _CA, _RESULT = "enrolment.json", "key.pem", "certificate.pem", "ca.pem", "result.jwt"
 
 
@@ -110,7 +120,7 @@ class Identity:
             digest = key_sha256(leaf.public_key())
             names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
             uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-        except (ValueError, TypeError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+        except _NO_CERTIFICATE as error:
             raise VerificationError(_CHECK, f"the node's certificate: {error}") from error
         if uris != [f"spiffe://{enrolment.trust_domain}/node/{enrolment.node}"]:
             raise VerificationError(_CHECK, "the certificate is not for this node")

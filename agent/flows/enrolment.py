@@ -4,7 +4,8 @@ The steps, in this order:
 
 1. The listener shows the key that the join token names; from here on nobody else is spoken to.
 2. A key for the node's control side is made and kept.
-3. First call: endorsement key, with its certificate where the TPM has one, and attestation key.
+3. First call: endorsement key, with its certificate where the TPM has one and the intermediates in its NV, and attestation key. Intermediates that
+   can't be read are left out and named in the log: the controller says whether it needs them.
 4. The TPM opens the credential: only the one with this endorsement key can, and only for this attestation key.
 5. Second call: what was in it, Evidence over the controller's nonce with the new key's digest in its claims, a certificate request.
 6. The grant is for this node and this key; its first Attestation Result speaks of the Evidence just sent.
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final
 
 import msgspec
+import structlog
 
 from agent import clock
 from agent.attest.enrolment import (
@@ -33,7 +35,7 @@ from agent.attest.enrolment import (
 from agent.attest.evidence import Evidence
 from agent.attest.result import MAX_RESULT_BYTES, AttestationResult
 from agent.attest.structures import AkKind
-from agent.attest.tpm import Tpm
+from agent.attest.tpm import DEFAULT_EK_PROFILES, Tpm
 from agent.attest.tpm_thread import TpmThread
 from agent.errors import VerificationError
 from agent.flows.controller import open_link, pinned_context
@@ -44,8 +46,8 @@ __all__ = ["EnrolOrder", "Enrolled", "EnrolmentFlow"]
 MAX_CHALLENGE_BYTES: Final = 16 * 1024
 MAX_GRANT_BYTES: Final = MAX_RESULT_BYTES + 256 * 1024
 DEFAULT_EK: Final = "EK-RSA2048"
-_EK_PROFILES: Final = (DEFAULT_EK, "EK-ECC256")  # those that a credential can be activated with
 _SLOW_CALL_S: Final = 90.0  # a discrete TPM makes keys for these calls
+_log = structlog.get_logger(__name__)
 
 
 class EnrolOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -75,6 +77,7 @@ class Enrolled:
 class _Endorsement:
     profile: str
     certificate: bytes | None
+    chain: tuple[bytes, ...]
     public: bytes
     ak_public: bytes
 
@@ -116,6 +119,7 @@ class EnrolmentFlow:
                 mode=mode,
                 address=address,
                 ek_certificate=endorsement.certificate,
+                ek_chain=endorsement.chain,
                 ek_public=endorsement.public,
                 ak_public=endorsement.ak_public,
             )
@@ -158,7 +162,14 @@ class EnrolmentFlow:
 
 def _endorsement(tpm: Tpm) -> _Endorsement:
     """Choose the endorsement key: one with a certificate, else the default one."""
-    for found in tpm.endorsements():
-        if found.profile in _EK_PROFILES:
-            return _Endorsement(found.profile, found.certificate, found.public, tpm.ak_public)
-    return _Endorsement(DEFAULT_EK, None, tpm.ek_public(DEFAULT_EK), tpm.ak_public)
+    for found in tpm.endorsements(DEFAULT_EK_PROFILES):
+        return _Endorsement(found.profile, found.certificate, _chain(tpm), found.public, tpm.ak_public)
+    return _Endorsement(DEFAULT_EK, None, (), tpm.ek_public(DEFAULT_EK), tpm.ak_public)
+
+
+def _chain(tpm: Tpm) -> tuple[bytes, ...]:
+    try:
+        return tpm.ek_chain()
+    except VerificationError as error:
+        _log.warning("ek_chain_left_out", error=str(error))
+        return ()

@@ -103,7 +103,7 @@ class TrustStore:
                     roots.extend(x509.load_pem_x509_certificates(pem))
                 else:
                     keys.append(_p256(serialization.load_pem_public_key(pem)))
-            except (ValueError, UnsupportedAlgorithm) as error:
+            except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
                 raise ConfigError(
                     f"trusted signer: give a PEM file with an EC P-256 public key or with certificates ({error})"
                 ) from error
@@ -264,7 +264,7 @@ def _verify_by_chain(chain: _Chain, signature: bytes, message: bytes, trust: Tru
         key = _p256(certificates[0].public_key())
         subject = certificates[0].subject.rfc4514_string()
         in_date = check_chain(certificates, trust.roots)
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise VerificationError(
             "certificate-chain", f"a certificate is malformed or of a wrong kind: {error}"
         ) from error

@@ -9,7 +9,7 @@ import msgspec
 from agent import clock
 from agent.attest.enrolment import NodeId
 from agent.attest.result import CheckResult
-from controller.store.fleet import Appraised
+from controller.store.results import Appraised
 
 __all__ = [
     "Admin",
@@ -18,6 +18,8 @@ __all__ = [
     "HookDelivery",
     "HookGrant",
     "HookRequest",
+    "Interval",
+    "NodeInterval",
     "Page",
     "Result",
     "ShownHook",
@@ -31,7 +33,9 @@ __all__ = [
 ]
 
 Name = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._-]{1,64}\Z")]
-_Label = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+# Names and values of labels go into the audit log, whose canonical form has ASCII keys, and to terminals, which obey control characters.
+_Label = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,64}\Z")]
+_LabelValue = Annotated[str, msgspec.Meta(pattern=r"\A[^\x00-\x1f\x7f-\x9f]{1,64}\Z")]
 Role = Literal["viewer", "operator", "approver"]
 
 
@@ -44,7 +48,7 @@ class TokenRequest(Request, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     group: Name = "default"
     node: NodeId | None = None
-    labels: Annotated[dict[_Label, _Label], msgspec.Meta(max_length=32)] = {}
+    labels: Annotated[dict[_Label, _LabelValue], msgspec.Meta(max_length=32)] = {}
     valid_s: Annotated[int, msgspec.Meta(ge=60, le=30 * 86_400)] = 86_400
 
 
@@ -160,6 +164,18 @@ class ShownNode(msgspec.Struct, frozen=True, omit_defaults=True):
     reference_version: int = 0
     log_entries: int = 0
     claims: dict[str, Any] | None = None
+
+
+class Interval(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How often a group's nodes are polled, in seconds."""
+
+    interval_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)]
+
+
+class NodeInterval(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How often one node is polled, in seconds; null: as often as its group."""
+
+    interval_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)] | None
 
 
 class Page(msgspec.Struct, frozen=True):

@@ -31,7 +31,7 @@ class Hooks:
         hook = "/v1/hooks/{hook}"
         return [
             Route("GET", "/v1/hooks", "List webhooks", self.list_hooks, "hook.list", answer=list[HookRecord]),
-            Route("POST", "/v1/hooks", "Make a webhook", self.make, "hook.create", body=HookRequest, answer=HookGrant, status=201),
+            Route("POST", "/v1/hooks", "Make a webhook", self.make, "hook.create", body=HookRequest, answer=HookGrant, status=201, refusals=(409,)),
             Route("GET", hook, "Show a webhook and its deliveries", self.show, "hook.show", answer=ShownHook),
             Route("POST", hook + "/test", "Send an event to this webhook alone", self.test, "hook.test", answer=dict[str, str], status=201),
             Route("DELETE", hook, "Remove a webhook", self.delete, "hook.delete", answer=dict[str, str]),

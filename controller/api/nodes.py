@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from aiohttp import web
 
 from agent.attest.enrolment import (
@@ -23,7 +25,7 @@ from controller.api.routing import Call, Route
 from controller.flows.joining import Joining
 from controller.trust.authority import Authority
 
-__all__ = ["node_routes"]
+__all__ = ["node_routes", "readiness_route"]
 
 MAX_ENROL_BYTES = 64 * 1024
 _OVERHEAD_BYTES = 64 * 1024  # around the Evidence
@@ -39,7 +41,9 @@ def node_routes(joining: Joining, authority: Authority, limiter: Limiter, eviden
 
     async def complete(call: Call) -> EnrolGrant:
         limiter.admit(call.source)
-        return await joining.complete(call.request.match_info["enrolment"], call.body)
+        enrolment = await joining.take(call.request.match_info["enrolment"])
+        call.concerns(enrolment.node)
+        return await joining.complete(enrolment, call.body)
 
     async def challenge(call: Call) -> Challenge:
         return await joining.challenge(call.body.node)
@@ -53,19 +57,35 @@ def node_routes(joining: Joining, authority: Authority, limiter: Limiter, eviden
     return [
         Route(
             "POST", ENROL_PATH, "Show a TPM's keys; get a credential for it", begin,
-            body=EnrolRequest, answer=EnrolChallenge, limit_bytes=MAX_ENROL_BYTES, kind="node.enrol",
+            body=EnrolRequest, answer=EnrolChallenge, limit_bytes=MAX_ENROL_BYTES, kind="node.enrol", refusals=(403, 409, 422, 429),
         ),
         Route(
             "POST", ENROL_PATH + "/{enrolment}", "Show the opened credential and the first Evidence", complete,
-            body=EnrolProof, answer=EnrolGrant, limit_bytes=limit, kind="node.enrol",
+            body=EnrolProof, answer=EnrolGrant, limit_bytes=limit, kind="node.enrol", refusals=(403, 409, 422, 429),
         ),
         Route(
             "POST", CHALLENGE_PATH, "Get a nonce for pushed Evidence", challenge,
-            body=ChallengeRequest, answer=Challenge, limit_bytes=1024, kind="node.push",
+            body=ChallengeRequest, answer=Challenge, limit_bytes=1024, kind="node.push", refusals=(404,),
         ),
         Route(
             "POST", EVIDENCE_PATH, "Push Evidence; renew a certificate", evidence,
-            body=PushedEvidence, answer=PushAnswer, limit_bytes=limit, kind="node.push",
+            body=PushedEvidence, answer=PushAnswer, limit_bytes=limit, kind="node.push", refusals=(404, 409, 422),
         ),
         Route("GET", "/.well-known/jwks.json", "Keys that verify Attestation Results", jwks, answer=dict[str, list[dict[str, str]]]),
     ]  # fmt: skip
+
+
+def readiness_route(why_not: Callable[[], str]) -> Route:
+    """Return the row by which a balancer learns whether this replica works. Why it does not is for its own machine alone.
+
+    Args:
+        why_not: words; none when it works.
+    """
+
+    async def ready(_call: Call) -> web.Response:
+        if why_not():  # no refusal, which would be logged each time that a balancer asks
+            words = "this replica can't do its work now: ask another, or come again"
+            return web.json_response({"error": words, "check": "not_ready"}, status=503)
+        return web.json_response({"ready": True})
+
+    return Route("GET", "/readyz", "Whether this replica can do its work", ready, answer=dict[str, bool])

@@ -27,6 +27,20 @@ _ERROR = {
 }
 
 
+def _refusals(route: Route) -> list[int]:
+    """Return the statuses with which a route may refuse: what its fields bring with them, and its own."""
+    found = {503, *route.refusals}  # the database is needed by all, and by who asks whether it is there
+    if route.action:
+        found |= {401, 403}
+    if route.body is not None:
+        found |= {400, 408, 413, 415}
+    if route.query:
+        found.add(400)
+    if "{" in route.path:
+        found |= {400, 404}
+    return sorted(found)
+
+
 def document(routes: list[Route], url: str) -> dict[str, Any]:
     """Describe the routes."""
     types = [kind for route in routes for kind in (route.body, route.answer) if kind is not None]
@@ -38,8 +52,11 @@ def document(routes: list[Route], url: str) -> dict[str, Any]:
             "summary": route.summary,
             "operationId": f"{route.method.lower()}{re.sub(r'[^a-z0-9]+', '_', route.path)}",
             "parameters": [
-                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-                for name in _PARAMETER.findall(route.path)
+                *(
+                    {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+                    for name in _PARAMETER.findall(route.path)
+                ),
+                *({"name": name, "in": "query", "schema": schema} for name, schema in route.query.items()),
             ],
             "security": [{"certificate": []}, {"token": []}] if route.action else [],
         }
@@ -51,7 +68,7 @@ def document(routes: list[Route], url: str) -> dict[str, Any]:
         answer: dict[str, Any] = {"description": "Done."}
         if route.answer is not None:
             answer["content"] = {"application/json": {"schema": next(schema_of)}}
-        operation["responses"] = {str(route.status): answer, "4XX": _ERROR, "503": _ERROR}
+        operation["responses"] = {str(route.status): answer, **{str(status): _ERROR for status in _refusals(route)}}
         paths.setdefault(route.path, {})[route.method.lower()] = operation
     return {
         "openapi": "3.1.0",

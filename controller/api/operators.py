@@ -19,6 +19,8 @@ from controller.api.documents import (
     Admin,
     AdminCertificate,
     AdminRequest,
+    Interval,
+    NodeInterval,
     Page,
     Result,
     ShownNode,
@@ -35,7 +37,7 @@ from controller.flows.appraising import Appraiser
 from controller.flows.approving import Approval, Change, Withdrawal, approve, withdraw
 from controller.flows.polling import Poller, UnreachableError
 from controller.settings import Settings
-from controller.store import admins, audit, fleet, joining, references
+from controller.store import admins, audit, fleet, joining, references, results, schedule
 from controller.store.database import Database
 from controller.store.joining import Token
 from controller.trust.authority import Authority, request_key
@@ -44,6 +46,9 @@ __all__ = ["Operators"]
 
 MAX_PAGE = 1000
 MAX_NAME_CHARS = 64
+LIMIT = {"type": "integer", "minimum": 0, "maximum": MAX_PAGE}
+NUMBER = {"type": "integer", "minimum": 0, "maximum": 2**53 - 1}
+TEXT = {"type": "string"}
 Rows: TypeAlias = list[dict[str, Any]]
 _TOKEN_SECRET_BYTES = 32
 
@@ -63,24 +68,26 @@ class Operators:
         group = "/v1/groups/{group}"
         node = "/v1/nodes/{node}"
         return [
-            Route("GET", "/v1/nodes", "List nodes, by name", self.list_nodes, "node.list", answer=Page),
+            Route("GET", "/v1/nodes", "List nodes, by name", self.list_nodes, "node.list", answer=Page, query={"limit": LIMIT, "group": TEXT, "after": TEXT}),
             Route("GET", node, "Show a node", self.show_node, "node.show", answer=ShownNode),
-            Route("GET", node + "/results", "A node's history", self.history, "node.show", answer=list[Result]),
+            Route("GET", node + "/results", "A node's history", self.history, "node.show", answer=list[Result], query={"limit": LIMIT}),
             Route("GET", node + "/result", "The last Attestation Result, as a JWT", self.result, "node.show", answer=dict[str, str]),
-            Route("POST", node + "/poll", "Appraise a node now", self.poll, "node.poll", answer=Result),
+            Route("POST", node + "/poll", "Appraise a node now", self.poll, "node.poll", answer=Result, refusals=(409, 502)),
+            Route("PUT", node + "/interval", "Say how often a node is polled", self.node_interval, "node.interval", body=NodeInterval, answer=NodeInterval),
             Route("DELETE", node, "Release a node, so that it can enrol again", self.release, "node.release", answer=dict[str, str]),
-            Route("GET", "/v1/tokens", "List join tokens", self.list_tokens, "token.list", answer=Rows),
-            Route("POST", "/v1/tokens", "Make a join token", self.make_token, "token.create", body=TokenRequest, answer=TokenGrant, status=201),
+            Route("GET", "/v1/tokens", "List join tokens", self.list_tokens, "token.list", answer=Rows, query={"limit": LIMIT}),
+            Route("POST", "/v1/tokens", "Make a join token", self.make_token, "token.create", body=TokenRequest, answer=TokenGrant, status=201, refusals=(404,)),
             Route("GET", "/v1/groups", "List groups", self.list_groups, "reference.list", answer=Rows),
-            Route("GET", group + "/references", "List versions of Reference Values", self.versions, "reference.list", answer=Rows),
+            Route("PUT", group + "/interval", "Say how often a group's nodes are polled", self.group_interval, "node.interval", body=Interval, answer=Interval),
+            Route("GET", group + "/references", "List versions of Reference Values", self.versions, "reference.list", answer=Rows, query={"limit": LIMIT}),
             Route("GET", group + "/references/{version}", "Show Reference Values", self.reference, "reference.list", answer=ReferenceValues),
-            Route("POST", group + "/references", "Approve", self.approve, "reference.approve", body=Approval, answer=Change, limit_bytes=4 << 20, status=201),
-            Route("POST", group + "/withdrawals", "Withdraw an approval", self.withdraw, "reference.withdraw", body=Withdrawal, answer=Change, status=201),
+            Route("POST", group + "/references", "Approve", self.approve, "reference.approve", body=Approval, answer=Change, limit_bytes=4 << 20, status=201, refusals=(422,)),
+            Route("POST", group + "/withdrawals", "Withdraw an approval", self.withdraw, "reference.withdraw", body=Withdrawal, answer=Change, status=201, refusals=(422,)),
             Route("GET", "/v1/admins", "List admins", self.list_admins, "admin.list", answer=list[Admin]),
-            Route("POST", "/v1/admins", "Make an admin", self.make_admin, "admin.create", body=AdminRequest, answer=AdminCertificate, status=201),
+            Route("POST", "/v1/admins", "Make an admin", self.make_admin, "admin.create", body=AdminRequest, answer=AdminCertificate, status=201, refusals=(409, 422)),
             Route("DELETE", "/v1/admins/{name}", "Revoke an admin", self.revoke_admin, "admin.revoke", answer=dict[str, str]),
             *Hooks(self.database).routes(),
-            Route("GET", "/v1/audit", "Read the audit log", self.read_audit, "audit.read", answer=Rows),
+            Route("GET", "/v1/audit", "Read the audit log", self.read_audit, "audit.read", answer=Rows, query={"from": NUMBER, "limit": LIMIT}),
             Route("GET", "/v1/audit/head", "Size and root of the audit log", self.audit_head, "audit.read", answer=audit.AuditHead),
             Route("GET", "/v1/audit/proofs/{sequence}", "A record with its inclusion proof", self.prove, "audit.read", answer=dict[str, Any]),
         ]  # fmt: skip
@@ -103,7 +110,9 @@ class Operators:
     async def history(self, call: Call) -> list[Result]:
         """Return a node's results, the newest first."""
         async with self.database.begin() as connection:
-            rows = await fleet.history(connection, call.request.match_info["node"], call.number("limit", 100, MAX_PAGE))
+            rows = await results.history(
+                connection, call.request.match_info["node"], call.number("limit", 100, MAX_PAGE)
+            )
         return [
             Result(
                 row["status"], time_of(row["first_us"]), msgspec.json.decode(row["checks"], type=Any), row["version"]
@@ -117,8 +126,7 @@ class Operators:
             row = await fleet.row(connection, call.request.match_info["node"])
             if row["status"] is None:
                 raise PeerError(404, "no_result", "it has not been appraised yet")
-            node = await fleet.find(connection, row["id"])
-            reference = await self.appraiser.reference(connection, node)
+        reference = await self.appraiser.reference(self.database.begin, row["group_name"], row["version"])
         return {"result": self.appraiser.sign_kept(row, reference)}
 
     async def poll(self, call: Call) -> Result:
@@ -132,6 +140,25 @@ class Operators:
         except UnreachableError as error:
             raise PeerError(502, "unreachable", str(error)) from error
         return shown_result(finding.appraised)
+
+    async def node_interval(self, call: Call) -> NodeInterval:
+        """Change how often one node is polled."""
+        name, wanted = call.request.match_info["node"], call.body
+        async with self.database.begin() as connection:
+            await schedule.set_interval(connection, name, wanted.interval_s, clock.now_us())
+            detail = {"interval_s": wanted.interval_s}
+            entry = audit.AuditEntry(kind="node.interval", principal=call.by, node=name, detail=detail)
+            await audit.append(connection, entry)
+        return NodeInterval(wanted.interval_s)
+
+    async def group_interval(self, call: Call) -> Interval:
+        """Change how often a group's nodes are polled."""
+        group, wanted = call.request.match_info["group"], call.body
+        async with self.database.begin() as connection:
+            await schedule.set_group_interval(connection, group, wanted.interval_s, clock.now_us())
+            detail = {"group": group, "interval_s": wanted.interval_s}
+            await audit.append(connection, audit.AuditEntry(kind="node.interval", principal=call.by, detail=detail))
+        return Interval(wanted.interval_s)
 
     async def release(self, call: Call) -> dict[str, str]:
         """Forget a node."""

@@ -5,14 +5,16 @@ Rules:
 1. An operator's route names its action, and is authorized before its body is read.
 2. A refusal is ``{"error", "check"}`` with the status that fits its blame, never a traceback; one that speaks of a node or of a right is in the
    audit log.
-3. A body is read up to the route's limit and within :data:`BODY_TIMEOUT_S`; compressed bodies are not taken.
+3. Every answer is counted by its route and status, a call of a node that joins by the check that refused it, too.
+4. A body is read up to the route's limit and within :data:`BODY_TIMEOUT_S`; compressed bodies are not taken.
+5. A refusal's record names the node that the body speaks of, also where the body is refused for what else stands in it; it is the peer's word.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import msgspec
@@ -20,8 +22,10 @@ import structlog
 from aiohttp import web
 
 from agent import clock
+from agent.attest.enrolment import ENROL_PATH, NodeId
 from agent.errors import ConfigError, EdgeWardenError, HostError, PeerError, PolicyError, VerificationError
 from agent.records import Principal
+from controller.metrics import Figures
 from controller.store import admins, audit
 from controller.store.database import Database, StoreError
 from controller.trust.authorize import Authorizer
@@ -33,6 +37,8 @@ BODY_TIMEOUT_S = 30.0
 MAX_BODY_BYTES = 1 << 20  # where a route says nothing
 _READ_BYTES = 256 * 1024
 _NODE = web.RequestKey("node", str)
+_CHECK = web.RequestKey("check", str)
+_ENROLMENT_STEPS = {ENROL_PATH: "begin", ENROL_PATH + "/{enrolment}": "complete"}
 _log = structlog.get_logger(__name__)
 
 TokenReader: TypeAlias = Callable[[str], Awaitable[Principal]]
@@ -60,6 +66,10 @@ class Call:
         """Who asks, for the audit log."""
         return self.principal.id if self.principal else f"peer/{self.source}"
 
+    def concerns(self, node: str) -> None:
+        """Name the node in the record of a refusal, where neither path nor body do."""
+        self.request[_NODE] = node
+
     def text(self, name: str, default: str = "") -> str:
         """Return a query parameter."""
         return self.request.query.get(name, default)
@@ -73,7 +83,7 @@ class Call:
         value = self.request.query.get(name)
         if value is None:
             return default
-        if not (value.isascii() and value.isdigit() and len(value) < 16 and int(value) <= most):  # noqa: PLR2004 -- digits
+        if not (value.isascii() and value.isdigit() and len(value) <= len(str(most)) and int(value) <= most):
             raise PeerError(400, "query", f"{name}: a number from 0 to {most}")
         return int(value)
 
@@ -86,6 +96,8 @@ class Route:
         action: what an operator must be allowed; None: for nodes or for everybody.
         body, answer: types of the documents, None for none.
         kind: of the audit record when it is refused; empty: refusals are not recorded.
+        query: JSON Schemas of its query parameters, none of which is demanded.
+        refusals: statuses besides those that follow from the fields above.
     """
 
     method: str
@@ -98,23 +110,59 @@ class Route:
     limit_bytes: int = MAX_BODY_BYTES
     status: int = 200
     kind: str = ""
+    query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    refusals: tuple[int, ...] = ()
+
+
+class _Named(msgspec.Struct):
+    """What any body may say: of which node it speaks."""
+
+    node: NodeId = ""
 
 
 class Surface:
-    """Makes handlers of routes."""
+    """Makes handlers of routes.
 
-    def __init__(self, database: Database, authorizer: Authorizer, tokens: TokenReader | None) -> None:
+    Args:
+        database: where admins are looked up and refusals recorded.
+        authorizer: decides what an operator may do.
+        tokens: reads bearer tokens, where they are taken.
+        figures: where answers are counted.
+    """
+
+    def __init__(
+        self, database: Database, authorizer: Authorizer, tokens: TokenReader | None, figures: Figures
+    ) -> None:
         self._database = database
         self._authorizer = authorizer
         self._tokens = tokens
+        self._figures = figures
 
     def application(self, routes: list[Route]) -> web.Application:
         """Return the server of a table."""
         application = web.Application(client_max_size=MAX_BODY_BYTES)
         for route in routes:
             application.router.add_route(route.method, route.path, self._handler(route))
-        application.middlewares.append(_http_errors)
+        application.middlewares.extend((self._count, _http_errors))
         return application
+
+    @web.middleware
+    async def _count(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        status = 500  # what the server answers to a programming error
+        try:
+            answer = await handler(request)
+            status = answer.status
+        finally:
+            resource = request.match_info.route.resource
+            path = resource.canonical if resource is not None else "none"
+            # What a peer may write as a method is not ours; of a route it is.
+            self._figures.calls.add(request.method if resource is not None else "none", path, str(status))
+            if path in _ENROLMENT_STEPS:
+                outcome = "ok" if status < 300 else "refused" if status < 500 else "failed"  # noqa: PLR2004 -- HTTP's classes
+                self._figures.enrolments.add(_ENROLMENT_STEPS[path], outcome, request.get(_CHECK, ""))
+        return answer
 
     def _handler(self, route: Route) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -125,6 +173,7 @@ class Surface:
                 if route.action is not None:
                     principal = await self._identify(request, spki)
                     self._authorizer.require(principal, route.action)
+                _check_text(request)
                 body = await _body(request, route)
                 answer = await route.handler(Call(request, principal, body, spki, source))
             except EdgeWardenError as error:
@@ -152,7 +201,7 @@ class Surface:
         return Principal(id=f"admin/{name}", kind="mtls", roles=(role,))
 
     async def _record(self, route: Route, request: web.Request, who: str, error: EdgeWardenError) -> None:
-        check = error.check if isinstance(error, VerificationError) else getattr(error, "reason", "")
+        check = request[_CHECK] = _check_of(error)
         _log.warning("call_refused", path=request.path, principal=who, check=check, error=str(error))
         if isinstance(error, StoreError) or not (route.action or route.kind):
             return
@@ -171,6 +220,17 @@ class Surface:
             _log.error("refusal_not_recorded", error=str(failure))
 
 
+def _check_text(request: web.Request) -> None:
+    """Refuse what no name holds and not every database takes.
+
+    Raises:
+        PeerError: 400.
+    """
+    for value in (*request.match_info.values(), *request.query.values()):
+        if not value.isprintable():
+            raise PeerError(400, "text", "a path or a query parameter holds a character that can't be printed")
+
+
 async def _body(request: web.Request, route: Route) -> Any:  # noqa: ANN401 -- of the route's type
     if route.body is None:
         return None
@@ -187,18 +247,31 @@ async def _body(request: web.Request, route: Route) -> Any:  # noqa: ANN401 -- o
                 parts.append(part)
     except TimeoutError:
         raise PeerError(408, "slow_body", f"the body did not come within {BODY_TIMEOUT_S} s") from None
+    whole = b"".join(parts)
     try:
-        body = msgspec.json.decode(b"".join(parts), type=route.body)
+        request[_NODE] = msgspec.json.decode(whole, type=_Named).node
+    except ValueError:
+        request[_NODE] = ""  # it names no node, or is refused as a whole by what follows
+    try:
+        return msgspec.json.decode(whole, type=route.body)
     except ValueError as error:
         raise PeerError(400, "encoding", f"the body is not what this call takes: {error}") from error
-    request[_NODE] = str(getattr(body, "node", None) or "")
-    return body
 
 
 def _peer_spki(request: web.Request) -> str | None:
     tls = request.transport.get_extra_info("ssl_object") if request.transport else None
     der = tls.getpeercert(binary_form=True) if tls is not None else None
     return certificate_spki(der) or None if der is not None else None
+
+
+def _check_of(error: EdgeWardenError) -> str:
+    match error:
+        case VerificationError():
+            return error.check
+        case PeerError():
+            return error.reason
+        case _:
+            return ""
 
 
 def _status_of(error: EdgeWardenError) -> int:
@@ -214,12 +287,11 @@ def _status_of(error: EdgeWardenError) -> int:
 
 
 def _refusal(error: EdgeWardenError) -> web.Response:
-    check = error.check if isinstance(error, VerificationError) else getattr(error, "reason", "")
     headers = {}
     if isinstance(error, PeerError) and error.retry_after_s is not None:
         headers["Retry-After"] = str(int(error.retry_after_s) + 1)
     words = str(error) if not isinstance(error, StoreError) else "the controller's database does not answer: come again"
-    return web.json_response({"error": words, "check": check}, status=_status_of(error), headers=headers)
+    return web.json_response({"error": words, "check": _check_of(error)}, status=_status_of(error), headers=headers)
 
 
 @web.middleware

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 from urllib.parse import quote
@@ -21,7 +22,7 @@ _HINTS = {
     "refused": "install the package again on the node: edgewarden model install",
     "config": "approve the configuration, or put the approved one back: edgewarden reference approve --config",
     "policy": "activate the assigned bundle on the node, or approve the one in force",
-    "boot-pcrs": "look into the change of firmware or kernel, then approve it: edgewarden reference approve --boot",
+    "boot-pcrs": "look into the change of firmware or kernel, then approve it: edgewarden reference approve --boot PCR=pinned:VALUE",
     "boot-aggregate": "reboot the node; if it stays, firmware changes PCRs after the agent has started",
     "clock": "wait some minutes; if the TPM was cleared: edgewarden node release, then enrol again",
     "log-replay": "the log does not fit the TPM: look into the node, then reboot it",
@@ -136,3 +137,20 @@ def release(*, name: str, client: Client) -> None:
     """Release a node: its name and its TPM can be enrolled again."""
     client.call("DELETE", f"/v1/nodes/{quote(name)}")
     click.echo(f"{name}: released")
+
+
+@command.command()
+@click.argument("name")
+@click.argument("seconds", metavar="SECONDS|group")
+@click.option(
+    "--group", "is_group", is_flag=True, help="NAME is a group: all its nodes that have no interval of their own."
+)
+@admin_option
+def interval(*, name: str, seconds: str, is_group: bool, client: Client) -> None:
+    """Say how often a node, or a group's nodes, are polled: every SECONDS, or as often as the node's `group`."""
+    if not seconds.isdecimal() and (is_group or seconds != "group"):
+        raise click.BadParameter(f"{seconds!r} is not a number of seconds" + ("" if is_group else ", nor `group`"))
+    wanted = int(seconds) if seconds.isdecimal() else None
+    kind = "groups" if is_group else "nodes"
+    client.call("PUT", f"/v1/{kind}/{quote(name)}/interval", json.dumps({"interval_s": wanted}).encode())
+    click.echo(f"{name}: polled " + ("as often as its group" if wanted is None else f"every {wanted} s"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,6 +22,10 @@ __all__ = ["command"]
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_VALUE = "[0-9a-f]{64}"
+_BOOT_RULE = re.compile(
+    rf"(?P<pcr>[0-9]|1[0-9])=(?:(?P<mode>ignored|pinned)|pinned:(?P<pinned>{_VALUE})|(?P<exact>{_VALUE}))"
+)
 _group_option = click.option("--group", default="default", show_default=True, help="Group of nodes.")
 _words_option = click.option("-m", "--message", "words", default="", help="Why; kept with the version.")
 
@@ -51,6 +56,8 @@ def list_(*, group: str, client: Client, as_json: bool) -> None:
         click.echo(f"gone     {' '.join(digest[:16] for digest in digests)} {path}")
     for digest in values.get("configs", []):
         click.echo(f"config   {digest}")
+    for index, rule in sorted(values.get("boot", {}).items(), key=lambda item: int(item[0])):
+        click.echo(" ".join([f"boot     {index} {rule['mode']}", *sorted(rule["values"])]))
     if values:
         click.echo(f"policy   {values['policy']['assigned']}")
 
@@ -63,7 +70,12 @@ def list_(*, group: str, client: Client, as_json: bool) -> None:
 @click.option("--policy", type=_FILE, help="Policy bundle that becomes the assigned one.")
 @click.option("--package", "packages", type=_FOLDER, multiple=True, help="Signed model package; repeatable.")
 @click.option("--trust", type=_FILE, multiple=True, help="Keys or roots that sign packages, if --config is not given.")
-@click.option("--boot", multiple=True, metavar="PCR=ignored|pinned|VALUE", help="Rule for a boot PCR; repeatable.")
+@click.option(
+    "--boot",
+    multiple=True,
+    metavar="PCR=ignored|pinned[:VALUE]|VALUE",
+    help="Rule for a boot PCR: not looked at; a change since enrolment warns, unless to VALUE; nothing but VALUE. Repeatable, values add up.",
+)
 @_words_option
 @admin_option
 @json_option
@@ -96,19 +108,22 @@ def approve(
     if packages and not keys:
         raise click.UsageError("--package needs --config or --trust: whose signature counts?")
     body["models"] = {path: digest for folder in packages for path, digest in _digests(folder, keys).items()}
-    body["boot"] = dict(_boot_rule(rule) for rule in boot)
+    body["boot"] = _boot_rules(boot)
     _show(client.call("POST", f"/v1/groups/{quote(group)}/references", json.dumps(body).encode()), as_json)
 
 
 @command.command()
-@click.argument("kind", type=click.Choice(["model", "policy", "config"]))
+@click.argument("kind", type=click.Choice(["model", "policy", "config", "boot"]))
 @click.argument("what")
 @_group_option
 @_words_option
 @admin_option
 @json_option
 def withdraw(*, kind: str, what: str, group: str, words: str, client: Client, as_json: bool) -> None:
-    """Withdraw a model (NAME/VERSION), a policy or a configuration (its digest): where it is in force, the node is contraindicated."""
+    """Withdraw a model (NAME/VERSION), a policy or a configuration (its digest), or a boot PCR's value (PCR=VALUE).
+
+    Where it is in force, the node is contraindicated at its next appraisal; where the boot PCR was pinned, it is a warning.
+    """
     body = {"kind": kind, "what": what, "words": words}
     _show(client.call("POST", f"/v1/groups/{quote(group)}/withdrawals", json.dumps(body).encode()), as_json)
 
@@ -130,13 +145,20 @@ def _digests(folder: Path, keys: list[bytes]) -> dict[str, str]:
         package.close()
 
 
-def _boot_rule(text: str) -> tuple[str, dict[str, Any]]:
-    index, _, rule = text.partition("=")
-    if not index.isdigit() or not rule:
-        raise click.BadParameter("PCR=ignored, PCR=pinned or PCR=<64 hex digits>", param_hint="--boot")
-    if rule in {"ignored", "pinned"}:
-        return index, {"mode": rule, "values": []}
-    return index, {"mode": "exact", "values": [rule]}
+def _boot_rules(texts: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    rules: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        match = _BOOT_RULE.fullmatch(text)
+        if match is None:
+            raise click.BadParameter(
+                "PCR=ignored, PCR=pinned, PCR=pinned:<64 hex digits> or PCR=<64 hex digits>", param_hint="--boot"
+            )
+        index, mode = match["pcr"], match["mode"] or ("pinned" if match["pinned"] else "exact")
+        rule = rules.setdefault(index, {"mode": mode, "values": []})
+        if rule["mode"] != mode:
+            raise click.BadParameter(f"PCR {index} can't be {rule['mode']} and {mode}", param_hint="--boot")
+        rule["values"] += [value for value in (match["pinned"], match["exact"]) if value]
+    return rules
 
 
 def _read(path: Path) -> bytes:

@@ -16,19 +16,26 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent import clock
-from agent.errors import ConfigError
+from agent.config import read_environment
+from agent.errors import ConfigError, EdgeWardenError
+from agent.host.notify import Notifier
 from controller.cli.client import write_admin
+from controller.cli.status import command as status
 from controller.settings import DEFAULT_CONFIG, Settings, json_schema, load
 
 __all__ = ["command"]
 
 FIRST_ADMIN_S = 90 * 86_400
 _CONFIG = click.Path(path_type=Path, dir_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False, exists=True, resolve_path=True)
 
 
 @click.group()
 def command() -> None:
     """Make and run the controller: it enrols nodes, appraises their Evidence and tells their trust."""
+
+
+command.add_command(status)
 
 
 @command.command()
@@ -57,7 +64,9 @@ def run(*, config: Path, schema: bool, check: bool) -> None:
     )
     from controller import service  # noqa: PLC0415 -- the other verbs need no server
 
-    service.run(settings)
+    environment = read_environment()
+    watchdog_s = environment.watchdog_usec / 1e6 if environment.watchdog_usec else None
+    service.run(settings, Notifier(environment.notify_socket), watchdog_s)
 
 
 @command.command()
@@ -67,6 +76,11 @@ def run(*, config: Path, schema: bool, check: bool) -> None:
 @click.option("--name", "names", multiple=True, help="More DNS names or addresses for the certificate; repeatable.")
 @click.option("--trust-domain", default="edgewarden.internal", show_default=True, help="Of the SPIFFE IDs.")
 @click.option("--database", help="postgresql+asyncpg://USER@HOST/NAME for several replicas; default: an SQLite file.")
+@click.option(
+    "--database-password-file", type=_FILE, help="File that holds PostgreSQL's password, where that asks for one."
+)
+@click.option("--database-ca", type=_FILE, help="PEM file of the CAs that PostgreSQL's certificate is verified with.")
+@click.option("--metrics", help="Loopback ADDRESS:PORT for health and metrics; default: none.")
 @click.option("--admin", "admin", default="root", show_default=True, help="Name of the first admin, an approver.")
 def init(
     *,
@@ -76,6 +90,9 @@ def init(
     names: tuple[str, ...],
     trust_domain: str,
     database: str | None,
+    database_password_file: Path | None,
+    database_ca: Path | None,
+    metrics: str | None,
     admin: str,
 ) -> None:
     """Make DIRECTORY: settings, keys, the database's tables, and the first admin's access in DIRECTORY/admin."""
@@ -89,18 +106,53 @@ def init(
     path = directory / "controller.yaml"
     if path.exists():
         raise ConfigError(f"{path}: there is a controller already")
-    authority = Authority.create(directory / "keys", trust_domain, [host, *names])
     document: dict[str, Any] = {"listen": listen, "url": url, "trust_domain": trust_domain, "keys": "keys"}
-    if database:
-        document["database"] = {"url": database}
-    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    store = {"url": database, "password_file": database_password_file, "ca": database_ca}
+    if any(store.values()):
+        document["database"] = {name: str(value) for name, value in store.items() if value}
+    if metrics:
+        document["metrics"] = {"listen": metrics}
+    settings = _write_settings(path, document)
+    try:
+        asyncio.run(_migrate(settings))  # what the database has against it shows before there are keys
+        authority = Authority.create(directory / "keys", trust_domain, [host, *names])
+    except EdgeWardenError:
+        path.unlink()  # so that it can be tried again
+        raise
     key = ec.generate_private_key(ec.SECP256R1())
     issued = authority.issue(f"admin/{admin}", admin, key.public_key(), FIRST_ADMIN_S)
-    asyncio.run(_first_admin(load(path), admin, issued.spki_sha256, issued.until_us))
+    asyncio.run(_first_admin(settings, admin, issued.spki_sha256, issued.until_us))
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     write_admin(directory / "admin", url=url, ca=authority.ca_pem, certificate=issued.pem, key=pem)
     click.echo(f"settings  {path}\nadmin     {directory / 'admin'} ({admin}, approver; give it to --admin)")
     click.echo(f"start     edgewarden controller run --config {path}")
+
+
+def _write_settings(path: Path, document: dict[str, Any]) -> Settings:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(document, sort_keys=False))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    try:
+        return load(path)
+    except ConfigError:
+        path.unlink()
+        raise
+
+
+@command.command()
+@click.option("--config", "-c", type=_CONFIG, default=DEFAULT_CONFIG, show_default=True)
+def migrate(*, config: Path) -> None:
+    """Bring the database's tables to this version, and end: for a role that may, where the running controller's may not."""
+    asyncio.run(_migrate(load(config)))
+    click.echo("the tables are those of this version")
+
+
+async def _migrate(settings: Settings) -> None:
+    from controller.store.database import Database  # noqa: PLC0415 -- only this verb and `init` write without the service
+
+    await (await Database.open(settings.database)).close()
 
 
 async def _first_admin(settings: Settings, name: str, spki_sha256: str, until_us: int) -> None:

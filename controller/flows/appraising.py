@@ -1,32 +1,40 @@
 """Evidence in, Attestation Result out: the one place where a node's trust is decided, for polls, pushes and enrolments alike.
 
-1. The Reference Values are the group's, with the node's own boot PCRs where the rule is ``pinned``.
-2. The appraiser is the node's own (:mod:`agent.attest.appraisal`).
+1. The Reference Values are the group's; the node's own boot PCRs at enrolment go with them, for rules of mode ``pinned``.
+2. The appraiser is the node's own (:mod:`agent.attest.appraisal`). What a log says is read from the database only when a node's log has grown or
+   its group has new Reference Values: in between the kept judgement holds.
 3. What was found is kept, with history, audit record and events, in one transaction; only then is the result signed and told.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent import clock
-from agent.attest.appraisal import Appraisal, Expectation, appraise
-from agent.attest.reference import Measurement, PolicyReference, ReferenceValues, pinned
+from agent.attest.appraisal import Appraisal, Expectation, StateNeededError, appraise
+from agent.attest.reference import Measurement, PolicyReference, ReferenceValues
 from agent.attest.result import AttestationResult, CheckResult
 from controller import __version__
-from controller.store import audit, fleet, outbox, references
-from controller.store.fleet import Appraised, NodeRecord
+from controller.metrics import Figures
+from controller.store import audit, fleet, outbox, references, results, schedule
+from controller.store.fleet import NodeRecord
+from controller.store.results import Appraised
 from controller.trust.authority import Authority
 
-__all__ = ["Appraiser", "Finding"]
+__all__ = ["Appraiser", "Connect", "Finding"]
 
 MAX_CACHED_VERSIONS = 1024
 _BUILD = f"edgewarden-controller {__version__}"
-_UNKNOWN_PCR = 14
+_NOTHING_APPROVED = ReferenceValues(
+    measurement=Measurement(14), policy=PolicyReference(assigned="0" * 64), configs=frozenset()
+)
 # AR4SI, section 2.3: what each tier is said by. 2: recognised, approved; 32: look into it; 96: not what was approved; 0: no claim.
 _AFFIRMING, _WARNING, _CONTRAINDICATED, _NOTHING = 2, 32, 96, 0
 _VECTOR = {
@@ -35,6 +43,10 @@ _VECTOR = {
     "hardware": ("boot-aggregate", "boot-pcrs"),
 }
 _VALUES = {"ok": _AFFIRMING, "warning": _WARNING, "failed": _CONTRAINDICATED, "skipped": _NOTHING, "retry": _NOTHING}
+
+
+Connect: TypeAlias = Callable[[], AbstractAsyncContextManager[AsyncConnection]]
+"""Opens a transaction, for who may not need one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,44 +63,57 @@ class Appraiser:
 
     Args:
         authority: the controller's keys.
+        figures: where appraisals are counted.
         nats: whether events go to NATS.
     """
 
-    def __init__(self, authority: Authority, *, nats: bool = False) -> None:
+    def __init__(self, authority: Authority, figures: Figures, *, nats: bool = False) -> None:
         self._authority = authority
+        self._figures = figures
         self._nats = nats
         self._versions: dict[tuple[str, int], ReferenceValues] = {}
 
-    async def reference(self, connection: AsyncConnection, node: NodeRecord) -> ReferenceValues:
-        """Return what a node is held against; where nothing was approved yet, nothing is."""
-        if node.version == 0:
-            return ReferenceValues(
-                measurement=Measurement(_UNKNOWN_PCR), policy=PolicyReference(assigned="0" * 64), configs=frozenset()
-            )
-        key = (node.group, node.version)
+    async def reference(self, connect: Connect, group: str, version: int) -> ReferenceValues:
+        """Return what a group's nodes are held against; where nothing was approved yet, nothing is."""
+        if version == 0:
+            return _NOTHING_APPROVED
+        key = (group, version)
         if key not in self._versions:
             if len(self._versions) >= MAX_CACHED_VERSIONS:
                 self._versions.clear()
-            self._versions[key] = await references.get(connection, *key)
-        return pinned(self._versions[key], node.boot_pcrs)
+            async with connect() as connection:
+                self._versions[key] = await references.get(connection, *key)
+        return self._versions[key]
 
-    def appraise(
-        self,
-        node: NodeRecord,
-        reference: ReferenceValues,
-        evidence: bytes,
-        nonce: bytes,
-        spki_sha256: str,
+    async def appraise(self, connect: Connect, node: NodeRecord, evidence: bytes, nonce: bytes, spki: str) -> Finding:
+        """Appraise Evidence that a peer with this key has sent for this nonce. Nothing that it holds is an error.
+
+        Raises:
+            PeerError: 409, when another appraisal of this node was kept meanwhile.
+            StoreError: what is needed can't be read.
+        """
+        reference = await self.reference(connect, node.group, node.version)
+        try:
+            return self._appraise(node, reference, evidence, nonce, spki)
+        except StateNeededError:
+            async with connect() as connection:
+                verified = await fleet.with_state(connection, node)
+            return self._appraise(replace(node, verified=verified), reference, evidence, nonce, spki)
+
+    def _appraise(
+        self, node: NodeRecord, reference: ReferenceValues, evidence: bytes, nonce: bytes, spki_sha256: str
     ) -> Finding:
-        """Appraise Evidence that a peer with this key has sent for this nonce; raises nothing."""
         expect = Expectation(
             nonce=nonce,
             ak_public=node.ak_public,
             reference=reference,
             control_spki_sha256=spki_sha256,
             verified=node.verified,
+            enrolled_pcrs=node.boot_pcrs,
         )
+        began_ns = time.perf_counter_ns()
         appraisal = appraise(evidence, expect)
+        self._figures.appraisal_s.observe((time.perf_counter_ns() - began_ns) / 1e9)
         now_us = clock.now_us()
         checks = tuple(
             CheckResult(check.name, check.outcome, check.words, check.entries)
@@ -99,6 +124,7 @@ class Appraiser:
         if status != "none" and appraisal.claims is not None and appraisal.claims.node != node.id:
             status = "contraindicated"
             checks = (CheckResult("node", "failed", f"the node calls itself {appraisal.claims.node}"), *checks)
+        self._figures.appraisals.add(status)
         appraised = Appraised(
             before=node,
             status=status,
@@ -126,7 +152,7 @@ class Appraiser:
     async def keep(self, connection: AsyncConnection, finding: Finding) -> None:
         """Write an appraisal in the caller's transaction."""
         found = finding.appraised
-        await fleet.save(connection, found)
+        await results.save(connection, found)
         if found.changed:
             failed = finding.result.checks[0] if finding.result.checks else None
             await audit.append(
@@ -150,7 +176,7 @@ class Appraiser:
 
     async def keep_silence(self, connection: AsyncConnection, node: NodeRecord, words: str) -> None:
         """Write that a node did not answer; the first time it is news."""
-        if not await fleet.silent(connection, node.id, words):
+        if not await schedule.silent(connection, node.id, words):
             return
         entry = audit.AuditEntry(
             kind="node.unreachable", principal="controller", outcome="failed", node=node.id, words=words

@@ -6,11 +6,14 @@ Rules:
    approves things, not numbers.
 2. A model version that is withdrawn stays known as withdrawn: fine in the past, not in force, and not to be loaded.
 3. The assigned policy becomes the previous one when another is approved; the one before is retired.
-4. Nodes of the group are appraised again soon: a withdrawal must not wait for an interval.
+4. An approval adds. Values of a boot PCR stand beside those of the same rule; a rule of another kind takes the place of the one before, with its
+   values. An ``exact`` rule has a value: one that no node can meet is a mistake.
+5. Nodes of the group are appraised again soon: a withdrawal must not wait for an interval.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
@@ -22,13 +25,15 @@ from agent.attest.evidence import HexDigest
 from agent.attest.measurement import ALLOWED_PCRS, ZERO_PCR
 from agent.attest.reference import BootRule, Measurement, PolicyReference, ReferenceValues
 from agent.errors import PeerError
-from controller.store import audit, fleet, references
+from controller.store import audit, references, schedule
 from controller.store.database import Database
 
 __all__ = ["Approval", "Change", "Withdrawal", "approve", "withdraw"]
 
 _Path = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,400}\Z")]
 MAX_FILES = 256  # of one model package
+MAX_BOOT_VALUES = 256  # approved for one boot PCR
+_BOOT_VALUE = re.compile(r"([0-9]{1,2})=([0-9a-f]{64})")
 
 
 class Approval(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -52,9 +57,9 @@ class Approval(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Withdrawal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is approved no more: a model version (``name/version``), a policy or a configuration by digest."""
+    """What is approved no more: a model version (``name/version``), a policy or a configuration by digest, a boot PCR's value (``7=<digest>``)."""
 
-    kind: Literal["model", "policy", "config"]
+    kind: Literal["model", "policy", "config", "boot"]
     what: Annotated[str, msgspec.Meta(min_length=1, max_length=400)]
     words: Annotated[str, msgspec.Meta(max_length=512)] = ""
 
@@ -110,7 +115,7 @@ async def _change(database: Database, group: str, edit: _Edit, request: _Request
             kind=request.kind, principal=request.by, words=change, detail={"group": group, "version": number}
         )
         await audit.append(connection, entry)
-        await fleet.hurry(connection, group, now_us)
+        await schedule.hurry(connection, group, now_us)
     return Change(group, number, change)
 
 
@@ -142,9 +147,15 @@ def _approved(values: ReferenceValues | None, approval: Approval) -> tuple[Refer
         withdrawn={path: digests for path, digests in withdrawn.items() if digests},
         policy=policy,
         configs=frozenset(configs),
-        boot=values.boot | approval.boot,
+        boot=values.boot | {index: _added(values.boot.get(index), rule) for index, rule in approval.boot.items()},
     )
     return _checked(changed), "approved " + (", ".join(done) or "nothing new")
+
+
+def _added(before: BootRule | None, rule: BootRule) -> BootRule:
+    if before is None or before.mode != rule.mode:
+        return rule
+    return BootRule(rule.mode, before.values | rule.values)
 
 
 def _first(approval: Approval) -> ReferenceValues:
@@ -164,6 +175,11 @@ def _checked(values: ReferenceValues) -> ReferenceValues:
         raise PeerError(422, "measurement", f"the log can only be held in one of PCRs {sorted(ALLOWED_PCRS)}")
     if values.boot.keys() - {*range(10), 11} or values.measurement.pcr in values.boot:
         raise PeerError(422, "boot", "boot rules are for PCRs 0-9 and 11, without the measurement PCR")
+    for index, rule in values.boot.items():
+        if rule.mode == "exact" and not rule.values:
+            raise PeerError(422, "boot", f"PCR {index} would have no value that is approved: no node could be trusted")
+        if len(rule.values) > (0 if rule.mode == "ignored" else MAX_BOOT_VALUES):
+            raise PeerError(422, "boot", f"PCR {index}: at most {MAX_BOOT_VALUES} values, and none where it is ignored")
     return values
 
 
@@ -198,4 +214,15 @@ def _withdrawn(values: ReferenceValues | None, withdrawal: Withdrawal) -> tuple[
                 raise missing
             retired = values.policy.retired | {withdrawal.what}
             changed = replace(values, policy=PolicyReference(values.policy.assigned, None, retired))
+        case "boot":
+            changed = _checked(replace(values, boot=values.boot | _boot_without(values, withdrawal.what, missing)))
     return changed, f"withdrew {withdrawal.kind} {withdrawal.what}"
+
+
+def _boot_without(values: ReferenceValues, what: str, missing: PeerError) -> dict[int, BootRule]:
+    named = _BOOT_VALUE.fullmatch(what)
+    index, value = (int(named[1]), named[2]) if named else (-1, "")
+    rule = values.boot.get(index)
+    if rule is None or value not in rule.values:
+        raise missing
+    return {index: BootRule(rule.mode, rule.values - {value})}

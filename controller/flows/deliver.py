@@ -25,6 +25,7 @@ import structlog
 
 from agent import clock
 from controller.flows.jetstream import JetStream, StreamError
+from controller.metrics import Tally
 from controller.settings import NatsSettings
 from controller.store import outbox
 from controller.store.database import Database, StoreError
@@ -56,6 +57,9 @@ class Deliverer:
         database: where the outbox is.
         nats: where else events go.
         context: how receivers are verified; the system's CAs without it.
+
+    Attributes:
+        counts: attempts by sink (``hook``, ``nats``) and outcome (``delivered``, ``failed``, ``given_up``).
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Deliverer:
         self._stream = None if nats is None else JetStream(nats)
         self._context = context or ssl.create_default_context()
         self._serving: dict[str, asyncio.Task[None]] = {}
+        self.counts = Tally("sink", "outcome")
 
     async def run(self) -> None:
         """Deliver until cancelled. A database that does not answer is waited for."""
@@ -145,14 +150,17 @@ class Deliverer:
         async with self._database.begin() as connection:
             await outbox.settle(connection, outcomes, clock.now_us())
         for outcome in outcomes:
+            delivery = outcome.delivery
+            given_up = outcome.gone or delivery.attempt >= outbox.MAX_ATTEMPTS
+            ended = "delivered" if outcome.error is None else "given_up" if given_up else "failed"
+            self.counts.add(outbox.NATS if delivery.target == outbox.NATS else "hook", ended)
             if outcome.error is not None:
-                delivery = outcome.delivery
                 _log.warning(
                     "delivery_failed",
                     event_id=delivery.event,
                     target=delivery.target,
                     attempt=delivery.attempt,
-                    given_up=outcome.gone or delivery.attempt >= outbox.MAX_ATTEMPTS,
+                    given_up=given_up,
                     error=outcome.error,
                 )
 

@@ -17,6 +17,7 @@ Second call:
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import hashlib
 import hmac
@@ -41,7 +42,7 @@ from agent.attest.structures import parse_ak_public
 from agent.errors import VerificationError
 from controller.flows.appraising import Appraiser, Finding
 from controller.settings import Settings
-from controller.store import audit, fleet, joining
+from controller.store import audit, fleet, joining, schedule
 from controller.store.database import Database
 from controller.store.fleet import NewNode, NodeRecord
 from controller.store.joining import Enrolment
@@ -114,15 +115,22 @@ class Joining:
         moment = dt.datetime.fromtimestamp(clock.now(), dt.UTC)
         return verify_endorsement(request.ek_certificate, request.ek_chain, request.ek_public, self.roots, moment)
 
-    async def complete(self, name: str, proof: EnrolProof) -> EnrolGrant:
+    async def take(self, name: str) -> Enrolment:
+        """Use up what a first call has begun; whatever the second call shows, there is no third.
+
+        Raises:
+            PeerError: 404, when there is no such enrolment or its time is over.
+        """
+        async with self.database.begin() as connection:
+            return await joining.take_enrolment(connection, name, clock.now_us())
+
+    async def complete(self, enrolment: Enrolment, proof: EnrolProof) -> EnrolGrant:
         """Second call.
 
         Raises:
-            PeerError, VerificationError: as :meth:`begin`; the enrolment is used up all the same.
+            PeerError, VerificationError: as :meth:`begin`.
         """
         now_us = clock.now_us()
-        async with self.database.begin() as connection:
-            enrolment = await joining.take_enrolment(connection, name, now_us)
         # 6. One TPM.
         if not hmac.compare_digest(hashlib.sha256(proof.secret).hexdigest(), enrolment.secret_sha256):
             raise VerificationError("credential", "the secret is not the one in the credential")
@@ -170,8 +178,8 @@ class Joining:
     async def _first(
         self, connection: AsyncConnection, node: NodeRecord, proof: EnrolProof, nonce: str, spki: str
     ) -> Finding:
-        reference = await self.appraiser.reference(connection, node)
-        finding = self.appraiser.appraise(node, reference, proof.evidence.encode(), bytes.fromhex(nonce), spki)
+        held = contextlib.nullcontext(connection)
+        finding = await self.appraiser.appraise(lambda: held, node, proof.evidence.encode(), bytes.fromhex(nonce), spki)
         if node.version and finding.appraisal.retry:
             raise VerificationError("clock", "the TPM's clock is not safe yet: enrol again in a few minutes")
         failed = finding.appraisal.failed
@@ -215,18 +223,18 @@ class Joining:
         async with self.database.begin() as connection:
             await joining.take_challenge(connection, push.node, push.nonce, now_us)
             node = await fleet.find(connection, push.node)
-            reference = await self.appraiser.reference(connection, node)
         spki = peer_spki_sha256
         if push.csr is not None:
             spki = spki_sha256(request_key(push.csr))
         if spki is None:
             raise VerificationError("spki", "no client certificate: send a certificate request with the Evidence")
-        finding = self.appraiser.appraise(node, reference, push.evidence.encode(), bytes.fromhex(push.nonce), spki)
+        evidence, nonce = push.evidence.encode(), bytes.fromhex(push.nonce)
+        finding = await self.appraiser.appraise(self.database.begin, node, evidence, nonce, spki)
         issued = None
         async with self.database.begin() as connection:
-            await fleet.answered(connection, [node.id], now_us)
+            await schedule.answered(connection, [node.id], now_us)
             if node.mode == "push":
-                await fleet.postpone(connection, node.id, now_us + 2 * node.interval_s * 1_000_000)
+                await schedule.postpone(connection, node.id, now_us + 2 * node.interval_s * 1_000_000)
             await self.appraiser.keep(connection, finding)
             if push.csr is not None:
                 if finding.appraisal.status == "none":

@@ -4,7 +4,8 @@ Rules:
 
 1. A nonce is 32 bytes from the system's generator, used for one request, and never stored.
 2. A poll has one time limit for all of it, and Evidence is read up to a limit; what is longer is cut off and refused.
-3. Whatever a node sends, its poll ends in a result or in "not reached"; nothing that it does stops the others.
+3. Whatever a node sends, its poll ends in a result or in "not reached"; nothing that it does stops the others. An error of this program's own
+   ends the process, as that of any other task.
 4. A result is told only after it was kept. A node that does not take it loses nothing: it will be polled again.
 """
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -23,8 +23,9 @@ from agent.attest.enrolment import RESULT_PATH
 from agent.attest.evidence import MAX_EVIDENCE_BYTES, NONCE_BYTES
 from agent.errors import EdgeWardenError, PeerError
 from controller.flows.appraising import Appraiser, Finding
+from controller.metrics import LAG_BUCKETS_S, Histogram
 from controller.settings import PollSettings
-from controller.store import fleet
+from controller.store import fleet, schedule
 from controller.store.database import Database, StoreError
 from controller.store.fleet import NodeRecord
 from controller.trust.authority import Authority
@@ -45,16 +46,20 @@ class UnreachableError(EdgeWardenError):
 
 @dataclass(slots=True)
 class PollCounts:
-    """What this replica did, for its metrics; times in microseconds."""
+    """What this replica did, for its metrics; times in seconds and microseconds, as the names say."""
 
     polls: int = 0
     unreachable: int = 0
-    lag_us: list[int] = field(default_factory=list)
-    appraisal_us: int = 0
+    lag_s: Histogram = field(default_factory=lambda: Histogram(LAG_BUCKETS_S))
 
 
 class Poller:
-    """One replica's polling. Make it inside the running loop."""
+    """One replica's polling. Make it inside the running loop.
+
+    Attributes:
+        paused: it waits for the database.
+        looked_us: when it last found out who is due (monotonic microseconds); 0: never.
+    """
 
     def __init__(self, database: Database, appraiser: Appraiser, authority: Authority, settings: PollSettings) -> None:
         self._database = database
@@ -65,23 +70,26 @@ class Poller:
         self._session: aiohttp.ClientSession | None = None
         self._running: set[asyncio.Task[None]] = set()
         self.counts = PollCounts()
+        self.paused = False
+        self.looked_us = 0
 
     async def run(self) -> None:
         """Poll until cancelled. A database that does not answer is waited for."""
         try:
-            while True:
-                try:
-                    found = await self._claim()
-                except StoreError as error:
-                    _log.error("polling_paused", error=str(error))
-                    await asyncio.sleep(STORE_RETRY_S)
-                    continue
-                if not found:
-                    await asyncio.sleep(IDLE_S)
+            async with asyncio.TaskGroup() as group:
+                while True:
+                    try:
+                        found = await self._claim(group)
+                    except StoreError as error:
+                        self.paused = True
+                        _log.error("polling_paused", error=str(error))
+                        await asyncio.sleep(STORE_RETRY_S)
+                        continue
+                    self.paused = False
+                    self.looked_us = clock.monotonic_us()
+                    if not found:
+                        await asyncio.sleep(IDLE_S)
         finally:
-            for task in self._running:
-                task.cancel()
-            await asyncio.gather(*self._running, return_exceptions=True)
             await self.close()
 
     async def close(self) -> None:
@@ -90,18 +98,18 @@ class Poller:
             await self._session.close()
             self._session = None
 
-    async def _claim(self) -> int:
+    async def _claim(self, group: asyncio.TaskGroup) -> int:
         room = self._settings.concurrency - len(self._running)
         if room <= 0:
             await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
             return 1
         async with self._database.begin() as connection:
-            due = await fleet.claim(connection, clock.now_us(), room)
+            due = await schedule.claim(connection, clock.now_us(), room)
             records = await fleet.load(connection, [one.node for one in due])
         for one in due:
-            self.counts.lag_us.append(one.lag_us)
+            self.counts.lag_s.observe(one.lag_us / 1e6)
             if one.node in records:
-                task = asyncio.create_task(self._poll_logged(records[one.node]))
+                task = group.create_task(self._poll_logged(records[one.node]))
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
         return len(due)
@@ -112,7 +120,7 @@ class Poller:
                 await self._note_silence(node, "it has not pushed Evidence within its interval")
             else:
                 await self.poll(node)
-        except (UnreachableError, StoreError) as error:
+        except (UnreachableError, StoreError, PeerError) as error:
             _log.warning("poll_failed", node=node.id, error=str(error))
 
     async def poll(self, node: NodeRecord) -> Finding:
@@ -121,6 +129,7 @@ class Poller:
         Raises:
             UnreachableError: it did not answer; that was noted.
             StoreError: nothing was kept.
+            PeerError: 409, another appraisal of this node was faster.
         """
         self.counts.polls += 1
         start = node.verified.index if node.verified else 0
@@ -128,7 +137,7 @@ class Poller:
         if start and finding.appraisal.failed is not None and finding.appraisal.failed.name == "log-replay":
             finding = await self._ask(node, 0)  # a new boot's log, or a broken one: the whole log tells which
         async with self._database.begin() as connection:
-            await fleet.answered(connection, [node.id], clock.now_us())
+            await schedule.answered(connection, [node.id], clock.now_us())
             if not finding.appraisal.retry:  # nobody's fault, and no news: the last result goes on ageing
                 await self._appraiser.keep(connection, finding)
         if not finding.appraisal.retry:
@@ -145,12 +154,7 @@ class Poller:
             words = str(error) or f"no answer within {limit_s} s"
             await self._note_silence(node, words)
             raise UnreachableError(f"{node.id}: {words}") from error
-        async with self._database.begin() as connection:
-            reference = await self._appraiser.reference(connection, node)
-        started = time.perf_counter_ns()
-        finding = self._appraiser.appraise(node, reference, evidence, nonce, spki)
-        self.counts.appraisal_us += (time.perf_counter_ns() - started) // 1000
-        return finding
+        return await self._appraiser.appraise(self._database.begin, node, evidence, nonce, spki)
 
     async def _fetch(self, node: NodeRecord, nonce: bytes, start: int) -> tuple[bytes, str]:
         answer = await self._get(node, nonce, start)

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from typing import Any
 import asyncpg
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
-from agent.errors import HostError
+from agent.errors import ConfigError, HostError
 from controller.settings import DatabaseSettings, database_url
 
 __all__ = ["Database", "StoreError"]
@@ -40,13 +42,18 @@ class StoreError(HostError):
 
 
 class Database:
-    """One replica's way to the state. Make it with :meth:`open`."""
+    """One replica's way to the state. Make it with :meth:`open`.
+
+    Attributes:
+        errors: transactions that the database failed, for the metrics.
+    """
 
     def __init__(self, engine: AsyncEngine, lock: int | None) -> None:
         self._engine = engine
         self._lock = lock
         self._turn = asyncio.Lock() if engine.dialect.name == "sqlite" else contextlib.nullcontext()
         self.is_sqlite = engine.dialect.name == "sqlite"
+        self.errors = 0
 
     @classmethod
     async def open(cls, settings: DatabaseSettings) -> Database:
@@ -72,11 +79,20 @@ class Database:
                         "timeout": CONNECT_TIMEOUT_S,
                         "command_timeout": STATEMENT_TIMEOUT_S,
                         "server_settings": {"application_name": "edgewarden-controller"},
+                        **_tls(settings.ca),
                     },
                 )
             database = cls(engine, lock)
-            async with database.begin() as connection:
-                await connection.run_sync(_upgrade)
+            lock = None  # the database's from now on
+            try:
+                async with database.begin() as connection:
+                    await connection.run_sync(_upgrade)
+            except CommandError as error:
+                await database.close()
+                raise StoreError(f"database: its tables are not of this program's line of versions: {error}") from error
+            except BaseException:
+                await database.close()
+                raise
         except BaseException:
             if lock is not None:
                 os.close(lock)
@@ -94,6 +110,7 @@ class Database:
             async with self._turn, self._engine.begin() as connection:
                 yield connection
         except (DBAPIError, asyncpg.PostgresError, OSError, TimeoutError) as error:
+            self.errors += 1
             if (
                 isinstance(error, DBAPIError)
                 and not isinstance(error, OperationalError)
@@ -109,6 +126,16 @@ class Database:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _tls(ca: str | None) -> dict[str, ssl.SSLContext]:
+    """Return the argument by which PostgreSQL is verified: by its name, against these CAs alone. None: what the URL says holds."""
+    if ca is None:
+        return {}
+    try:
+        return {"ssl": ssl.create_default_context(cafile=ca)}
+    except OSError as error:  # a file that holds no certificate is one, too
+        raise ConfigError(f"database.ca: {ca}: {error.strerror or error}") from error
 
 
 def _lock(path: Path) -> int:

@@ -1,11 +1,9 @@
-"""Nodes: who is enrolled, when each is due, what was found at its last appraisal, and the history of that.
+"""Nodes: who is enrolled, with what is known about each.
 
 Rules:
 
-1. A node is claimed for a poll by moving its due time ahead by a whole interval, under ``FOR UPDATE SKIP LOCKED``. So whatever becomes of the
-   replica that claimed it, no other polls it in this interval, and all find it due in the next.
-2. Whether a node answers (``polls``) and what is thought of it (``states``) are separate facts; an unreachable node keeps its last result.
-3. The history has a row only where a status or a reason changed; how long it held is seen from the next row.
+1. A name and a TPM are enrolled once; a release by an operator frees both.
+2. The state of a node's log, which may be large, is read only for who needs it (:func:`with_state`).
 """
 
 from __future__ import annotations
@@ -15,39 +13,30 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from sqlalchemy import Row, bindparam, delete, func, insert, select, update
+from sqlalchemy import Row, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent.attest.appraisal import Verified
-from agent.attest.measurement import LogState
+from agent.attest.findings import Judgement
+from agent.attest.log_state import LogState
 from agent.errors import PeerError
-from controller.store.schema import challenges, groups, logs, nodes, polls, results, states
+from controller.store.schedule import interval_of
+from controller.store.schema import challenges, groups, logs, nodes, polls, states
 
 __all__ = [
-    "Appraised",
-    "Due",
     "NewNode",
     "NodeRecord",
     "add",
-    "answered",
     "certified",
     "check_free",
-    "claim",
-    "count",
     "find",
-    "history",
-    "hurry",
     "load",
-    "postpone",
+    "overtaken",
     "release",
     "row",
-    "save",
-    "silent",
     "table",
+    "with_state",
 ]
-
-MAX_BACKOFF = 8  # times the interval, for a node that does not answer
-JITTER = 0.1  # of an interval, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,43 +69,8 @@ class NodeRecord:
     interval_s: int
     version: int
     verified: Verified | None
-    log_state: bytes | None
     status: str | None
     checks: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Due:
-    """A node that was claimed, and how late."""
-
-    node: str
-    lag_us: int
-
-
-@dataclass(frozen=True, slots=True)
-class Appraised:
-    """An appraisal to be kept.
-
-    Attributes:
-        before: the record that it was made with.
-        status, checks, claims, nonce, version: what was found; ``checks`` and ``claims`` are JSON.
-        at_us: when.
-        verified: how far the log is verified now; None leaves what was known.
-    """
-
-    before: NodeRecord
-    status: str
-    checks: str
-    claims: str
-    nonce: str
-    version: int
-    at_us: int
-    verified: Verified | None
-
-    @property
-    def changed(self) -> bool:
-        """Whether it differs from the last one in a way that a reader of the history wants to see."""
-        return (self.status, self.checks) != (self.before.status, self.before.checks)
 
 
 async def add(connection: AsyncConnection, node: NewNode, now_us: int) -> None:
@@ -161,11 +115,6 @@ async def check_free(connection: AsyncConnection, node: str, ek_sha256: str) -> 
         raise PeerError(409, "enrolled_already", words)
 
 
-async def postpone(connection: AsyncConnection, node: str, due_us: int) -> None:
-    """Say when a node that pushes would be late."""
-    await connection.execute(update(polls).where(polls.c.node == node).values(due_us=due_us))
-
-
 async def certified(connection: AsyncConnection, node: str, spki_sha256: str, until_us: int) -> None:
     """Note a renewed certificate."""
     values = {"spki_sha256": spki_sha256, "certificate_until_us": until_us}
@@ -174,15 +123,14 @@ async def certified(connection: AsyncConnection, node: str, spki_sha256: str, un
 
 def _records() -> Any:  # noqa: ANN401 -- a join of many columns has no short type
     return (
-        select(nodes, groups.c.interval_s, groups.c.version.label("group_version"), states, logs.c.state)
+        select(nodes, interval_of.label("every_s"), groups.c.version.label("group_version"), states)
         .join(groups, groups.c.name == nodes.c.group_name)
         .outerjoin(states, states.c.node == nodes.c.id)
-        .outerjoin(logs, logs.c.node == nodes.c.id)
     )
 
 
 async def load(connection: AsyncConnection, names: list[str]) -> dict[str, NodeRecord]:
-    """Return the records of nodes by name; those that are not enrolled are left out."""
+    """Return the records of nodes by name, without the states of their logs; those that are not enrolled are left out."""
     rows = await connection.execute(_records().where(nodes.c.id.in_(names)))
     return {row.id: _record(row) for row in rows}
 
@@ -201,14 +149,15 @@ async def find(connection: AsyncConnection, node: str) -> NodeRecord:
 
 def _record(row: Row[Any]) -> NodeRecord:
     verified = None
-    if row.log_index is not None and row.state is not None:
+    if row.log_index is not None:
         verified = Verified(
             index=row.log_index,
             pcr=row.pcr,
-            state=msgspec.json.decode(row.state, type=LogState),
+            state=None,
             clock=row.clock,
             reset_count=row.reset_count,
             restart_count=row.restart_count,
+            judgement=msgspec.json.decode(row.judgement, type=Judgement) if row.judgement else None,
         )
     return NodeRecord(
         id=row.id,
@@ -218,112 +167,33 @@ def _record(row: Row[Any]) -> NodeRecord:
         ak_public=row.ak_public,
         spki_sha256=row.spki_sha256,
         boot_pcrs=msgspec.json.decode(row.boot_pcrs, type=dict[int, str]),
-        interval_s=row.interval_s,
+        interval_s=row.every_s,
         version=row.group_version,
         verified=verified,
-        log_state=row.state,
         status=row.status,
         checks=row.checks,
     )
 
 
-async def claim(connection: AsyncConnection, now_us: int, limit: int) -> list[Due]:
-    """Take the nodes that are due, the longest waiting first (rule 1)."""
-    query = (
-        select(polls.c.node, polls.c.due_us, polls.c.failures, groups.c.interval_s)
-        .join(nodes, nodes.c.id == polls.c.node)
-        .join(groups, groups.c.name == nodes.c.group_name)
-        .where(polls.c.due_us <= now_us)
-        .order_by(polls.c.due_us)
-        .limit(limit)
-        .with_for_update(skip_locked=True, of=polls)
-    )
-    rows = (await connection.execute(query)).all()
-    if rows:
-        await connection.execute(
-            update(polls).where(polls.c.node == bindparam("who")).values(due_us=bindparam("next")),
-            [{"who": row.node, "next": _next(row, now_us)} for row in rows],
-        )
-    return [Due(row.node, now_us - row.due_us) for row in rows]
+async def with_state(connection: AsyncConnection, node: NodeRecord) -> Verified | None:
+    """Return what is verified of a node's log with the state that it says.
+
+    Raises:
+        PeerError: 409, when the node was appraised meanwhile.
+    """
+    if node.verified is None:
+        return None
+    query = select(logs.c.state).join(states, states.c.node == logs.c.node)
+    query = query.where(logs.c.node == node.id, states.c.pcr == node.verified.pcr)
+    data = (await connection.execute(query)).scalar()
+    if data is None:
+        raise overtaken(node.id)
+    return msgspec.structs.replace(node.verified, state=msgspec.json.decode(data, type=LogState))
 
 
-def _next(row: Row[Any, Any, Any, Any], now_us: int) -> int:
-    """Return when a node is due again: an interval later, more for one that does not answer, with jitter."""
-    interval_us = row.interval_s * 1_000_000
-    wait_us = interval_us * min(2**row.failures, MAX_BACKOFF)
-    jitter_us = secrets.randbelow(int(interval_us * JITTER) + 1)
-    # From when it was due, so that a fleet stays spread; from now where a whole interval was missed.
-    start_us = row.due_us if row.due_us + interval_us > now_us else now_us
-    return int(start_us + wait_us + jitter_us)
-
-
-async def hurry(connection: AsyncConnection, group: str, now_us: int) -> None:
-    """Make all nodes of a group due within a tenth of their interval: what they are held against has changed."""
-    interval_s = (await connection.execute(select(groups.c.interval_s).where(groups.c.name == group))).scalar_one()
-    mine = select(nodes.c.id).where(nodes.c.group_name == group)
-    latest = now_us + int(interval_s * 1_000_000 * JITTER)
-    await connection.execute(update(polls).where(polls.c.node.in_(mine), polls.c.due_us > latest).values(due_us=latest))
-
-
-async def answered(connection: AsyncConnection, who: list[str], now_us: int) -> None:
-    """Note that nodes were reached, whatever they said."""
-    await connection.execute(
-        update(polls).where(polls.c.node == bindparam("who")).values(failures=0, contact_us=now_us, error=None),
-        [{"who": node} for node in who],
-    )
-
-
-async def silent(connection: AsyncConnection, node: str, error: str) -> bool:
-    """Note that a node was not reached; returns whether that is news."""
-    row = (await connection.execute(select(polls.c.failures).where(polls.c.node == node))).one_or_none()
-    if row is None:
-        return False
-    await connection.execute(
-        update(polls).where(polls.c.node == node).values(failures=row.failures + 1, error=error[:512])
-    )
-    return bool(row.failures == 0)
-
-
-async def save(connection: AsyncConnection, found: Appraised) -> None:
-    """Keep an appraisal: the node's state, its verified log where it grew, and history where something changed."""
-    before, verified = found.before, found.verified
-    values: dict[str, Any] = {
-        "status": found.status,
-        "appraised_us": found.at_us,
-        "nonce": found.nonce,
-        "version": found.version,
-        "checks": found.checks,
-        "claims": found.claims,
-    }
-    if found.changed:
-        values["since_us"] = found.at_us
-        await connection.execute(
-            insert(results).values(
-                node=before.id, status=found.status, checks=found.checks, version=found.version, first_us=found.at_us
-            )
-        )
-    if verified is not None:
-        values |= {
-            "log_index": verified.index,
-            "pcr": verified.pcr,
-            "clock": verified.clock,
-            "reset_count": verified.reset_count,
-            "restart_count": verified.restart_count,
-        }
-        if before.verified is None or verified.pcr != before.verified.pcr:
-            await _save_log(connection, before, verified.state)
-    if before.status is None:
-        await connection.execute(insert(states).values(node=before.id, **values))
-    else:
-        await connection.execute(update(states).where(states.c.node == before.id).values(**values))
-
-
-async def _save_log(connection: AsyncConnection, before: NodeRecord, state: LogState) -> None:
-    data = msgspec.json.encode(state)
-    if before.log_state is None:
-        await connection.execute(insert(logs).values(node=before.id, state=data))
-    else:
-        await connection.execute(update(logs).where(logs.c.node == before.id).values(state=data))
+def overtaken(node: str) -> PeerError:
+    """Return the refusal of an appraisal that came too late."""
+    return PeerError(409, "overtaken", f"{node} was appraised by another meanwhile; that result stands")
 
 
 async def release(connection: AsyncConnection, node: str) -> None:
@@ -368,7 +238,7 @@ def _rows() -> Any:  # noqa: ANN401 -- as above
             nodes.c.address,
             nodes.c.enrolled_us,
             nodes.c.certificate_until_us,
-            groups.c.interval_s,
+            interval_of,
             polls.c.due_us,
             polls.c.failures,
             polls.c.contact_us,
@@ -386,19 +256,3 @@ def _rows() -> Any:  # noqa: ANN401 -- as above
         .join(polls, polls.c.node == nodes.c.id)
         .outerjoin(states, states.c.node == nodes.c.id)
     )
-
-
-async def history(connection: AsyncConnection, node: str, limit: int) -> list[dict[str, Any]]:
-    """Return a node's results, the newest first."""
-    query = select(results).where(results.c.node == node).order_by(results.c.id.desc()).limit(limit)
-    return [dict(row) for row in (await connection.execute(query)).mappings()]
-
-
-async def count(connection: AsyncConnection) -> dict[str, int]:
-    """Return how many nodes have each status; ``unreachable`` counts besides."""
-    query = select(func.coalesce(states.c.status, "none"), func.count()).select_from(
-        nodes.outerjoin(states, states.c.node == nodes.c.id)
-    )
-    rows = (await connection.execute(query.group_by(states.c.status))).all()
-    unreachable = (await connection.execute(select(func.count()).where(polls.c.failures > 0))).scalar_one()
-    return {**{str(status): int(number) for status, number in rows}, "unreachable": int(unreachable)}

@@ -88,6 +88,7 @@ nodes = Table(
     Column("boot_pcrs", Text, nullable=False),  # at enrolment, by index
     Column("enrolled_us", BigInteger, nullable=False),
     Column("certificate_until_us", BigInteger, nullable=False),
+    Column("interval_s", Integer),  # of this node alone; null: the group's
 )
 
 polls = Table(
@@ -117,6 +118,7 @@ states = Table(
     Column("clock", BigInteger),
     Column("reset_count", BigInteger),
     Column("restart_count", BigInteger),
+    Column("judgement", Text),  # of that log, with the Reference Values that it was made with
 )
 
 logs = Table("logs", metadata, _node(), Column("state", LargeBinary, nullable=False))

@@ -108,7 +108,7 @@ class Authority:
             keys = [_read_key(directory / f"{name}.key") for name in ("ca", "result")]
         except OSError as error:
             raise ConfigError(f"keys: {error.filename}: {error.strerror}; see `edgewarden controller init`") from error
-        except ValueError as error:
+        except (ValueError, x509.InvalidVersion) as error:
             raise ConfigError(f"keys: {directory}: {error}") from error
         if keys[0].public_key() != certificate.public_key():
             raise ConfigError(f"keys: {directory}: ca.key is not the key of ca.pem")
@@ -199,7 +199,7 @@ def request_key(csr: bytes) -> ec.EllipticCurvePublicKey:
         request = x509.load_der_x509_csr(csr)
         key = request.public_key()
         valid = request.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm, InvalidSignature) as error:
+    except (ValueError, UnsupportedAlgorithm, InvalidSignature, x509.InvalidVersion) as error:
         raise VerificationError("csr", f"not a certificate request: {error}") from error
     if not valid or not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise VerificationError("csr", "it is not signed by its own EC P-256 key")

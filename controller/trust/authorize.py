@@ -22,12 +22,16 @@ _REGO = Path(__file__).parent.parent / "rego"
 
 
 class Authorizer:
-    """Asks the policy."""
+    """Asks the policy. The engine belongs to the thread that made it: close it there, for a garbage collection may run on any."""
 
     def __init__(self) -> None:
         modules = {path.name: path.read_text() for path in sorted(_REGO.glob("*.rego"))}
         digest = hashlib.sha256("".join(modules.values()).encode()).hexdigest()
-        self._engine = EmbeddedEngine(Bundle(modules, {}, "controller", ("edgewarden",), digest))
+        self._engine: EmbeddedEngine | None = EmbeddedEngine(Bundle(modules, {}, "controller", ("edgewarden",), digest))
+
+    def close(self) -> None:
+        """Drop the engine; nobody may do anything from here on."""
+        self._engine = None
 
     def require(self, principal: Principal, action: str) -> None:
         """Return when the principal may do this.
@@ -36,6 +40,8 @@ class Authorizer:
             PeerError: 403; also when the policy gives no decision.
         """
         question = {"subject": {"id": principal.id, "kind": principal.kind, "roles": principal.roles}, "action": action}
+        if self._engine is None:
+            raise PeerError(503, "stopping", "the controller is stopping")
         try:
             answer = self._engine.evaluate(msgspec.json.encode(question))
             allowed = msgspec.json.decode(answer, type=Decision).allow

@@ -11,6 +11,7 @@ import ssl
 import aiohttp
 from aiohttp.connector import Connection
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.errors import ConfigError
@@ -42,7 +43,7 @@ def certificate_spki(der: bytes | None) -> str:
         return ""
     try:
         key = x509.load_der_x509_certificate(der).public_key()
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion):
         return ""
     return spki_sha256(key) if isinstance(key, ec.EllipticCurvePublicKey) else ""
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from agent.attest.appraisal import appraise
 from agent.attest.evidence import Evidence
-from agent.attest.measurement import LogState, parse_entries, replay, replay_log
+from agent.attest.log_state import LogState
+from agent.attest.measurement import parse_entries, replay, replay_log
 from agent.attest.structures import (
     AK_TEMPLATE,
     RSA_AK_TEMPLATE,

@@ -160,6 +160,19 @@ BAD = [
     ("POST", "/v1/groups/a%20b/references", {}, 400),
     ("POST", "/v1/groups/default/references", {"pcr": 13}, 422),
     ("POST", "/v1/groups/default/references", {"boot": {"10": {"mode": "pinned"}}}, 422),
+    ("POST", "/v1/groups/default/references", {"boot": {"14": {"mode": "pinned"}}}, 422),
+    ("POST", "/v1/groups/default/references", {"boot": {"-1": {"mode": "pinned"}}}, 422),
+    ("POST", "/v1/groups/default/references", {"boot": {"7": {"mode": "exact"}}}, 422),
+    ("POST", "/v1/groups/default/references", {"boot": {"7": {"mode": "exact", "values": ["AB"]}}}, 400),
+    ("POST", "/v1/groups/default/references", {"boot": {"7": {"mode": "ignored", "values": ["ab" * 32]}}}, 422),
+    (
+        "POST",
+        "/v1/groups/default/references",
+        {"boot": {"7": {"mode": "pinned", "values": [f"{number:064x}" for number in range(257)]}}},
+        422,
+    ),
+    ("POST", "/v1/groups/default/withdrawals", {"kind": "boot", "what": "7=" + "ab" * 32}, 404),
+    ("POST", "/v1/groups/default/withdrawals", {"kind": "boot", "what": "7"}, 404),
     ("POST", "/v1/groups/default/withdrawals", {"kind": "model", "what": "m/9"}, 404),
     ("POST", "/v1/groups/default/withdrawals", {"kind": "config", "what": "00"}, 404),
     ("POST", "/v1/groups/default/withdrawals", {"kind": "policy", "what": "00"}, 404),
@@ -169,6 +182,10 @@ BAD = [
     ("GET", "/v1/groups/nowhere/references/current", None, 404),
     ("POST", "/v1/admins", {"name": "a", "role": "viewer", "csr": "AAAA"}, 422),
     ("DELETE", "/v1/admins/nobody", None, 404),
+    ("PUT", "/v1/nodes/nobody/interval", {"interval_s": 30}, 404),
+    ("PUT", "/v1/nodes/nobody/interval", {"interval_s": 0}, 400),
+    ("PUT", "/v1/groups/nowhere/interval", {"interval_s": 30}, 404),
+    ("PUT", "/v1/groups/default/interval", {"interval_s": None}, 400),
     ("GET", "/v2/nothing", None, 404),
     ("PUT", "/v1/nodes", None, 405),
 ]
@@ -290,6 +307,23 @@ def test_a_controller_is_not_made_twice(config):
     config.unlink()
     with pytest.raises(ConfigError, match="holds a controller's keys already"):
         _invoke(service.command, "init", config.parent, "--url", "https://localhost:1")
+
+
+def test_a_start_that_failed_can_be_tried_again(tmp_path):
+    """A database that is not there or settings that are none leave neither keys nor settings behind."""
+    home = tmp_path / "c"
+    for option, words in (
+        (("--database", f"sqlite+aiosqlite:///{tmp_path}/none/c.db"), "No such file"),
+        (("--database", "mysql://x/y"), "begins with"),
+        (("--metrics", "0.0.0.0:1"), "not a loopback address"),
+    ):
+        with pytest.raises((ConfigError, HostError), match=words):
+            _invoke(service.command, "init", home, "--url", "https://localhost:1", *option)
+        assert list(home.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"exists|Not a directory"):
+        _invoke(service.command, "init", tmp_path / "file" / "c", "--url", "https://localhost:1")
+    assert _invoke(service.command, "init", home, "--url", "https://localhost:1").exit_code == 0
 
 
 def test_settings_are_checked(config, tmp_path):

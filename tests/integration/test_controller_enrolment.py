@@ -2,18 +2,20 @@
 
 import base64
 import datetime as dt
+from typing import Any
 
 import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from agent.attest.enrolment import JoinToken
+from agent.attest.enrolment import MAX_CERTIFICATE_BYTES, MAX_EK_CHAIN, JoinToken
 from agent.attest.measurement import model_entry
 from agent.attest.result import AttestationResult
 from agent.identity.token import parse_jwks
 from tests.support.attest import Attester, digest
 from tests.support.controller_service import controller_home, desk
+from tests.support.ek_chains import HOSTILE, ROOT, good
 from tests.support.software_node import SoftwareNode, Vendor, _bytes
 
 pytestmark = pytest.mark.integration
@@ -152,6 +154,109 @@ async def test_the_first_call_refuses_by_name(office, how):
     assert (await office.records("node.enrol"))[-1]["check"] == check
 
 
+@pytest.fixture
+def strict_config(tmp_path):
+    """Trusts one root, and no intermediate."""
+    return controller_home(tmp_path, ROOT.pem())
+
+
+@pytest.fixture
+async def strict_office(strict_config):
+    async with desk(strict_config) as running:
+        await running.approve()
+        yield running
+
+
+@pytest.mark.parametrize("intermediates", [0, 1, MAX_EK_CHAIN])
+async def test_intermediates_that_a_node_sends_lead_to_the_operator_s_root(strict_office, intermediates):
+    """They are used, and the root alone is trusted."""
+    node = SoftwareNode()
+    shown = good(node.ek.public_key(), intermediates)
+    token = await strict_office.token()
+    changes = {"ek_certificate": shown.certificate, "ek_chain": shown.chain}
+    await node.enrol(strict_office.anyone, strict_office.url, token, **changes)
+    assert (await strict_office.node("edge-1"))["status"] == "affirming"
+
+
+async def test_a_chain_that_does_not_hold_is_refused_and_recorded(strict_office):
+    """Each way: 422 with the name of the check, a record with the node's name, and the token serves the genuine node afterwards."""
+    node, token = SoftwareNode(), await strict_office.token()
+    for how, make in HOSTILE.items():
+        shown = make(node.ek)
+        request = node.request(token, ek_certificate=shown.certificate, ek_chain=shown.chain)
+        refused = await _post(strict_office, "/node/v1/enrol", request, 422)
+        assert refused["check"] == "ek-chain", how
+        record = (await strict_office.records("node.enrol"))[-1]
+        assert (record["outcome"], record["node"], record["check"]) == ("refused", "edge-1", "ek-chain"), how
+        assert record["words"] == refused["error"], how
+    assert len(await strict_office.records("node.enrol")) == len(HOSTILE)
+    shown = good(node.ek.public_key())
+    changes = {"ek_certificate": shown.certificate, "ek_chain": shown.chain}
+    await node.enrol(strict_office.anyone, strict_office.url, token, **changes)
+
+
+OVERSIZED: dict[str, dict[str, Any]] = {
+    "a certificate over the limit": {"ek_certificate": ROOT.endorse(SoftwareNode().ek.public_key(), padding=4096)},
+    "an intermediate over the limit": {"ek_chain": (bytes(MAX_CERTIFICATE_BYTES + 1),)},
+    "more intermediates than the limit": {"ek_chain": (ROOT.der(),) * (MAX_EK_CHAIN + 1)},
+    "no bytes for a certificate": {"ek_certificate": b""},
+}
+
+
+@pytest.mark.parametrize("how", OVERSIZED)
+async def test_a_request_over_its_limits_is_refused_and_recorded(strict_office, how):
+    """Before anything is parsed, with the field's name in the answer and the node's in the record."""
+    node = SoftwareNode()
+    request = node.request(await strict_office.token(), **OVERSIZED[how])
+    refused = await _post(strict_office, "/node/v1/enrol", request, 400)
+    assert (refused["check"], next(iter(OVERSIZED[how])) in refused["error"]) == ("encoding", True)
+    (record,) = await strict_office.records("node.enrol")
+    assert (record["outcome"], record["node"], record["check"]) == ("refused", "edge-1", "encoding")
+
+
+async def test_the_largest_request_is_read(strict_office):
+    """Every field at its limit fits into the body's limit: what it is refused for is what stands in it."""
+    token = await strict_office.token()
+    largest = bytes(MAX_CERTIFICATE_BYTES)
+    request = SoftwareNode().request(token, ek_certificate=largest, ek_chain=(largest,) * MAX_EK_CHAIN)
+    assert (await _post(strict_office, "/node/v1/enrol", request, 422))["check"] == "ek-certificate"
+
+
+@pytest.mark.parametrize("name", ["", "no such\nname", "x" * 65, 7, None, ["edge-1"]])
+async def test_a_body_that_names_no_node_is_recorded_without_one(strict_office, name):
+    """What stands in the record is a node's name or nothing."""
+    async with strict_office.anyone.post(strict_office.url + "/node/v1/enrol", json={"node": name}) as answer:
+        assert (answer.status, (await answer.json())["check"]) == (400, "encoding")
+    (record,) = await strict_office.records("node.enrol")
+    assert "node" not in record
+
+
+async def test_damaged_certificates_are_refusals(strict_office):
+    """Every third byte of an EK certificate and of its intermediate, one after the other: 422, never a 500."""
+    node, token = SoftwareNode(), await strict_office.token()
+    shown = good(node.ek.public_key())
+    (middle,) = shown.chain
+    path, checks = strict_office.url + "/node/v1/enrol", set()
+    for at in range(0, len(middle), 3):
+        for leaf, chain in ((_flipped(shown.certificate, at), middle), (shown.certificate, _flipped(middle, at))):
+            if at in {_padding_at(shown.certificate), _padding_at(middle)}:
+                continue
+            request = node.request(token, ek_certificate=leaf, ek_chain=(chain,))
+            async with strict_office.anyone.post(path, data=request.encode()) as answer:
+                assert answer.status == 422, (at, await answer.text())
+                checks.add((await answer.json())["check"])
+    assert checks == {"ek-certificate", "ek-chain"}
+
+
+def _padding_at(der):
+    """Return where the number of the signature's unused bits stands: it is signed by nobody, and changes nothing."""
+    return len(der) - len(x509.load_der_x509_certificate(der).signature) - 1
+
+
+def _flipped(data, at):
+    return data[:at] + bytes([data[at] ^ 0x01]) + data[at + 1 :]
+
+
 async def _challenge(office, node, token):
     from agent.attest.enrolment import EnrolChallenge  # noqa: PLC0415 -- a helper of one function
 
@@ -191,6 +296,8 @@ async def test_the_second_call_refuses_by_name(office, how):
     challenge = await _challenge(office, node, token)
     path = f"/node/v1/enrol/{challenge.enrolment}"
     assert (await _post(office, path, make(node, challenge), 422))["check"] == check
+    record = (await office.records("node.enrol"))[-1]
+    assert (record["outcome"], record["node"], record["check"]) == ("refused", "edge-1", check)
     assert (await _post(office, path, node.proof(challenge), 404))["check"] == "no_enrolment"
     await node.enrol(office.anyone, office.url, token)
 

@@ -1,15 +1,19 @@
 """Polling: what the controller finds, tells and keeps, and what a hostile or absent node can't do."""
 
+import asyncio
 import contextlib
+import dataclasses
 
 import pytest
 from aiohttp import web
+from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.attest.measurement import model_entry, policy_entry, refused_entry, unload_entry
 from agent.attest.result import AttestationResult
 from agent.attest.structures import ClockInfo
 from agent.identity.token import parse_jwks
+from controller.cli.node import command
 from tests.support.attest import MODEL, Attester, digest
 from tests.support.controller_service import controller_home, desk, eventually
 from tests.support.software_node import SoftwareNode, Vendor
@@ -251,3 +255,77 @@ async def test_nothing_that_was_acknowledged_is_lost_by_a_stop(config):
             node.entries.append(model_entry("m", "1", "model.onnx", MODEL))
             assert _reason(await _poll(office)) == ("affirming", [])
             assert node.asked[-1] == len(node.entries) - 1
+
+
+async def test_an_appraisal_that_was_overtaken_is_not_kept(office):
+    """Two polls cross: the older quote comes later, is refused by name, and the newer result and log stand."""
+    node = SoftwareNode(vendor=VENDOR)
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    @web.middleware
+    async def hold(request, handler):
+        answer = await handler(request)  # the quote is made, and waits
+        if "hold" in waiting and request.method == "GET":
+            waiting.clear()
+            asked.set()
+            await go_on.wait()
+        return answer
+
+    waiting: set[str] = set()
+    application = node.application()
+    application.middlewares.append(hold)
+    async with serving(node, application):
+        await node.enrol(office.anyone, office.url, await office.token())
+        waiting.add("hold")
+        older = asyncio.create_task(_poll(office, expect=409))
+        await asyncio.wait_for(asked.wait(), 30)
+        node.attester.clock = dataclasses.replace(node.attester.clock, clock=node.attester.clock.clock + 1)
+        node.entries.append(refused_entry("m", "1", "model.onnx", digest("other")))
+        assert _reason(await _poll(office)) == ("warning", ["refused"])
+        go_on.set()
+        assert (await older)["check"] == "overtaken"
+        assert (await office.node("edge-1"))["log_entries"] == len(node.entries)
+        node.attester.clock = dataclasses.replace(node.attester.clock, clock=node.attester.clock.clock + 1)
+        assert _reason(await _poll(office)) == ("warning", ["refused"])
+
+
+async def test_a_node_is_polled_in_its_own_interval_or_its_group_s(office, node):
+    """A change holds at once, is told to the node, and goes back; each is on record."""
+
+    async def asked_twice_more():
+        return len(node.asked) >= before + 2
+
+    async def say(kind, name, seconds):
+        await office.call("PUT", f"/v1/{kind}/{name}/interval", {"interval_s": seconds})
+        return (await office.node("edge-1"))["interval_s"]
+
+    before = len(node.asked)
+    assert await say("nodes", "edge-1", 1) == 1
+    await eventually(asked_twice_more)
+    result = AttestationResult.verify(node.results[-1], parse_jwks(node.grant["jwks"].encode()), "edge-1")
+    assert result.interval_s == 1
+    assert await say("groups", "default", 900) == 1
+    assert await say("nodes", "edge-1", None) == 900
+    before = len(node.asked)
+    assert await say("groups", "default", 1) == 1
+    await eventually(asked_twice_more)
+    records = await office.records("node.interval")
+    assert [record["detail"]["interval_s"] for record in records] == [1, 900, None, 1]
+
+
+@pytest.mark.usefixtures("node")
+async def test_the_command_line_sets_intervals(office, config):
+    """Of a node, of a group, and back; what is no number is a usage error."""
+    (config.parent / "admin" / "url").write_text(office.url)
+
+    async def cli(*arguments):
+        options = ["--admin", str(config.parent / "admin")]
+        return await asyncio.to_thread(CliRunner().invoke, command, ["interval", *arguments, *options])
+
+    assert "every 30 s" in (await cli("edge-1", "30")).output
+    assert "every 600 s" in (await cli("--group", "default", "600")).output
+    assert (await office.node("edge-1"))["interval_s"] == 30
+    assert "as its group" in (await cli("edge-1", "group")).output
+    assert (await office.node("edge-1"))["interval_s"] == 600
+    assert (await cli("edge-1", "often")).exit_code == 2
+    assert (await cli("--group", "default", "group")).exit_code == 2

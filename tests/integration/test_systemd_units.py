@@ -1,4 +1,4 @@
-"""The shipped unit, user and directories, judged by systemd itself."""
+"""The shipped units, users and directories, judged by systemd itself."""
 
 import os
 import re
@@ -10,6 +10,10 @@ import pytest
 
 UNITS = Path(__file__).parents[2] / "systemd"
 MAX_EXPOSURE = 2.0
+STARTS = {
+    "edgewarden": "ExecStart=/opt/edgewarden/bin/edgewarden run --config /etc/edgewarden/edgewarden.yaml\n",
+    "edgewarden-controller": "ExecStart=/opt/edgewarden/bin/edgewarden controller run --config /etc/edgewarden-controller/controller.yaml\n",
+}
 
 pytestmark = [
     pytest.mark.integration,
@@ -21,20 +25,22 @@ def run(*command):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_unit_has_no_mistake(tmp_path):
+@pytest.mark.parametrize("name", STARTS)
+def test_the_unit_has_no_mistake(tmp_path, name):
     """No complaint from systemd about the unit (the program that it starts is replaced by one that is there)."""
-    unit = tmp_path / "edgewarden.service"
+    unit = tmp_path / f"{name}.service"
     text = (UNITS / unit.name).read_text()
-    assert "ExecStart=/opt/edgewarden/bin/edgewarden run --config /etc/edgewarden/edgewarden.yaml\n" in text
+    assert STARTS[name] in text
     unit.write_text(text.replace("/opt/edgewarden/bin/edgewarden", "/usr/bin/env"))
     result = run("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(unit))
     assert (result.returncode, result.stdout + result.stderr) == (0, "")
 
 
-def test_the_units_exposure_stays_low():
+@pytest.mark.parametrize("name", STARTS)
+def test_the_units_exposure_stays_low(name):
     """The unit's exposure, as systemd scores it, is at most the bar."""
-    result = run("systemd-analyze", "security", "--offline=true", "--no-pager", str(UNITS / "edgewarden.service"))
-    score = re.search(r"Overall exposure level for edgewarden\.service: ([0-9.]+)", result.stdout)
+    result = run("systemd-analyze", "security", "--offline=true", "--no-pager", str(UNITS / f"{name}.service"))
+    score = re.search(rf"Overall exposure level for {name}\.service: ([0-9.]+)", result.stdout)
     assert score is not None, result.stdout + result.stderr
     assert float(score[1]) <= MAX_EXPOSURE
 
@@ -58,6 +64,20 @@ def test_the_system_calls_of_the_sandbox_are_allowed():
     }
 
 
+def test_the_controllers_password_is_the_service_managers_to_read():
+    """The credential has the name that the settings are told, may be missing, and its file can't be seen from within; nor can an admin's access."""
+    unit = (UNITS / "edgewarden-controller.service").read_text().splitlines()
+    assert "LoadCredential=database-password:/etc/edgewarden-controller/database.password" in unit
+    assert "SetCredential=database-password:\\n" in unit  # no text at all would not be a default for systemd
+    hidden = {
+        path.lstrip("-")
+        for line in unit
+        if line.startswith("InaccessiblePaths=")
+        for path in line.partition("=")[2].split()
+    }
+    assert {"/etc/edgewarden-controller/database.password", "/etc/edgewarden-controller/admin", "/root"} <= hidden
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files to the service's user")
 def test_the_user_and_its_directories_can_be_made(tmp_path):
     """The user can be made, in the group of the TPM, and so can its directories, private."""
@@ -74,3 +94,21 @@ def test_the_user_and_its_directories_can_be_made(tmp_path):
         stat = (tmp_path / "var/lib/edgewarden" / name).stat()
         assert (stat.st_mode & 0o777, str(stat.st_uid)) == (mode, users["edgewarden"][2])
     assert (tmp_path / "etc/edgewarden").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files to the service's user")
+def test_the_controllers_user_and_its_directories_can_be_made(tmp_path):
+    """A user of its own that is in no other group; its state is its own, its settings are root's."""
+    (tmp_path / "etc").mkdir()
+    result = run("systemd-sysusers", f"--root={tmp_path}", str(UNITS / "edgewarden-controller.sysusers"))
+    assert result.returncode == 0, result.stderr
+    (user,) = [
+        line.split(":") for line in (tmp_path / "etc/passwd").read_text().splitlines() if line.startswith("edgewarden")
+    ]
+    assert (user[0], user[6]) == ("edgewarden-controller", "/usr/sbin/nologin")
+    assert [line.split(":")[3] for line in (tmp_path / "etc/group").read_text().splitlines()] == [""]
+    result = run("systemd-tmpfiles", "--create", f"--root={tmp_path}", str(UNITS / "edgewarden-controller.tmpfiles"))
+    assert result.returncode == 0, result.stderr
+    for name, mode, owner in (("var/lib", 0o700, user[2]), ("etc", 0o750, "0")):
+        stat = (tmp_path / name / "edgewarden-controller").stat()
+        assert (stat.st_mode & 0o777, str(stat.st_uid), str(stat.st_gid)) == (mode, owner, user[3])

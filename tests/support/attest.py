@@ -13,10 +13,10 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from agent.attest.appraisal import Appraisal, Expectation, Verified, appraise
 from agent.attest.evidence import AuditHead, Claims, Evidence, PcrValues, extra_data, quoted_pcrs
+from agent.attest.log_state import LogState
 from agent.attest.measurement import (
     ZERO_PCR,
     Entry,
-    LogState,
     boot_aggregate,
     config_entry,
     model_entry,

@@ -23,7 +23,7 @@ from controller.service import Controller
 from controller.settings import load
 from tests.support.attest import CONFIG, MODEL, PCR, POLICY
 
-__all__ = ["APPROVAL", "ControllerProcess", "Desk", "access", "controller_home", "desk", "eventually"]
+__all__ = ["APPROVAL", "ControllerProcess", "Desk", "access", "admin_context", "controller_home", "desk", "eventually"]
 
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 30
@@ -53,11 +53,12 @@ def controller_home(folder: Path, vendor: bytes, *options: str, **changes: Any) 
 
 @dataclass
 class Desk:
-    """An admin's access to a running controller."""
+    """An admin's access to a running controller; ``metrics`` is the address of its other listener, where it has one."""
 
     url: str
     admin: aiohttp.ClientSession
     anyone: aiohttp.ClientSession
+    metrics: str = ""
 
     async def call(self, method: str, path: str, body: Any = None, *, expect: int = 200) -> Any:
         async with self.admin.request(method, self.url + path, json=body) as answer:
@@ -79,7 +80,8 @@ class Desk:
         return [record for record in await self.call("GET", "/v1/audit?limit=1000") if record["kind"] == kind]
 
 
-def _context(home: Path, name: str | None) -> ssl.SSLContext:
+def admin_context(home: Path, name: str | None) -> ssl.SSLContext:
+    """TLS towards the controller: as the admin of that directory, or as nobody."""
     context = ssl.create_default_context(cafile=str(home / "keys" / "ca.pem"))
     if name:
         context.load_cert_chain(home / name / "certificate.pem", home / name / "key.pem")
@@ -87,27 +89,26 @@ def _context(home: Path, name: str | None) -> ssl.SSLContext:
 
 
 @contextlib.asynccontextmanager
-async def access(config: Path, url: str, admin: str = "admin") -> AsyncIterator[Desk]:
+async def access(config: Path, url: str, admin: str = "admin", metrics: str = "") -> AsyncIterator[Desk]:
     """Have an admin's access to the controller at this address."""
     async with contextlib.AsyncExitStack() as stack:
         sessions = [
             await stack.enter_async_context(
-                aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=_context(config.parent, name)))
+                aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=admin_context(config.parent, name)))
             )
             for name in (admin, None)
         ]
-        yield Desk(url, *sessions)
+        yield Desk(url, sessions[0], sessions[1], metrics)
 
 
 @contextlib.asynccontextmanager
 async def desk(config: Path, admin: str = "admin") -> AsyncIterator[Desk]:
     """Run a controller in this process for the length of the block."""
     controller = Controller(load(config))
-    async with (
-        controller.running(),
-        access(config, f"https://localhost:{controller.port}", admin) as office,
-    ):
-        yield office
+    async with controller.running():
+        url, metrics = f"https://localhost:{controller.port}", f"http://127.0.0.1:{controller.metrics_port}"
+        async with access(config, url, admin, metrics) as office:
+            yield office
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """A private PostgreSQL server: Debian's binaries, a Unix socket in a directory of its own, no port.
 
-PostgreSQL refuses to run as root, so there it runs as ``postgres`` or ``nobody``. Its data is thrown away, hence no fsync.
+PostgreSQL refuses to run as root, so there it runs as ``postgres`` or ``nobody``. Its data is thrown away, hence no fsync, unless somebody measures.
 """
 
 import contextlib
@@ -31,20 +31,28 @@ def binaries() -> Path | None:
 
 
 class PostgresServer:
-    """A server that can be stopped and started again; it keeps its data meanwhile."""
+    """A server that can be stopped and started again; it keeps its data meanwhile. ``options`` and ``port`` hold from the next start."""
 
     def __init__(self, programs: Path, directory: Path) -> None:
         self.programs = programs
         self.directory = directory
+        self.options: tuple[str, ...] = ()
+        self.port = 5432
         self._names = (f"test_{number}" for number in itertools.count())
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of the running server, the parent of the others."""
+        assert self._process is not None
+        return self._process.pid
 
     def start(self) -> None:
         """Start it and wait until it takes connections."""
         with (self.directory / "server.log").open("ab") as log:
             # fmt: off
             self._process = subprocess.Popen(
-                [self.programs / "postgres", "-D", self.directory / "data", "-k", self.directory, "-c", "listen_addresses=", "-F"],
+                [self.programs / "postgres", "-D", self.directory / "data", "-k", self.directory, "-c", "listen_addresses=", "-p", str(self.port), "-F", *self.options],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory, **_unprivileged(),
             )
             # fmt: on
@@ -71,7 +79,7 @@ class PostgresServer:
 
     def _program(self, name: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(
-            [self.programs / name, "-h", self.directory, "-U", SUPERUSER, *arguments],
+            [self.programs / name, "-h", self.directory, "-p", str(self.port), "-U", SUPERUSER, *arguments],
             check=check,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -81,7 +89,7 @@ class PostgresServer:
 
 
 @contextlib.contextmanager
-def postgres_server(programs: Path) -> Iterator[PostgresServer]:
+def postgres_server(programs: Path, *, durable: bool = False) -> Iterator[PostgresServer]:
     """Make a cluster in a new directory, run it, and remove everything at the end."""
     # Not pytest's directory: another user can't enter that, and a socket's path must be short.
     directory = Path(tempfile.mkdtemp(prefix="edgewarden-postgres-"))
@@ -96,6 +104,8 @@ def postgres_server(programs: Path) -> Iterator[PostgresServer]:
         )
         # fmt: on
         server = PostgresServer(programs, directory)
+        if durable:
+            server.options = ("-c", "fsync=on")
         try:
             server.start()
             yield server

@@ -13,7 +13,7 @@ import ssl
 import struct
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from cryptography.hazmat.primitives.kdf.kbkdf import KBKDFHMAC, CounterLocation,
 from cryptography.x509.oid import NameOID
 
 from agent.attest.enrolment import EnrolChallenge, EnrolProof, EnrolRequest, JoinToken
-from agent.attest.measurement import Entry
+from agent.attest.measurement import Entry, boot_aggregate
 from agent.attest.structures import parse_ak_public
-from tests.support.attest import ENTRIES, Attester
+from tests.support.attest import BOOT_PCRS, ENTRIES, Attester
 
 __all__ = ["SoftwareNode", "Vendor"]
 
@@ -109,6 +109,7 @@ class SoftwareNode:
     control: ec.EllipticCurvePrivateKey = field(default_factory=_new_key)
     entries: list[Entry] = field(default_factory=lambda: list(ENTRIES))
     policy: str | None = None
+    boot: dict[int, bytes] = field(default_factory=lambda: dict(BOOT_PCRS))
     results: list[str] = field(default_factory=list)
     asked: list[int] = field(default_factory=list)
     grant: dict[str, Any] = field(default_factory=dict)
@@ -159,7 +160,14 @@ class SoftwareNode:
         fields = {"node": self.id, "control_spki_sha256": self.spki_sha256, **claims}
         if self.policy is not None:
             fields["policy_sha256"] = self.policy
-        return self.attester.evidence(self.entries, start=start, nonce=nonce, **fields)
+        return self.attester.evidence(self.entries, start=start, nonce=nonce, pcrs=self.boot, **fields)
+
+    def reboot(self, **changes: bytes) -> None:
+        """Boot anew: PCRs as ``pcr7=...`` says, the others as before, the log from its beginning."""
+        self.boot |= {int(name.removeprefix("pcr")): value for name, value in changes.items()}
+        self.entries[0] = boot_aggregate(self.boot[index] for index in range(10))
+        clock = self.attester.clock
+        self.attester.clock = replace(clock, clock=clock.clock + 1000, reset_count=clock.reset_count + 1)
 
     # --- its calls
 

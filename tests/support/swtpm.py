@@ -5,9 +5,14 @@ import signal
 from pathlib import Path
 from typing import Self
 
-from tpm2_pytss import ESAPI, ESYS_TR, TPM2_SU
+from tpm2_pytss import ESAPI, ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_SU, TPM2B_NV_PUBLIC, TPMA_NV, TPMS_NV_PUBLIC
 
 from tools.software_tpm import SoftwareTpm
+
+_NV_PLAIN = (
+    TPMA_NV.PPWRITE | TPMA_NV.AUTHREAD | TPMA_NV.OWNERREAD | TPMA_NV.PPREAD | TPMA_NV.NO_DA | TPMA_NV.PLATFORMCREATE
+)
+_NV_PART_BYTES = 512  # of one NV_Write
 
 
 class SwTpm:
@@ -57,6 +62,24 @@ class SwTpm:
         """TPM2_Clear: another owner, other keys, resetCount from zero."""
         with ESAPI(self.tcti) as esys:
             esys.clear(ESYS_TR.LOCKOUT)
+
+    def write_nv(
+        self, index: int, data: bytes, attributes: TPMA_NV | int = _NV_PLAIN, *, size: int | None = None
+    ) -> None:
+        """Define an NV index, as a maker does, in place of one that is there; without data it stays unwritten."""
+        with ESAPI(self.tcti) as esys:
+            _, found = esys.get_capability(TPM2_CAP.HANDLES, index, 1)
+            if list(found.data.handles) == [index]:
+                esys.nv_undefine_space(esys.tr_from_tpmpublic(index), ESYS_TR.PLATFORM)
+            public = TPMS_NV_PUBLIC(
+                nvIndex=index,
+                nameAlg=TPM2_ALG.SHA256,
+                attributes=attributes,
+                dataSize=len(data) if size is None else size,
+            )
+            handle = esys.nv_define_space(b"", TPM2B_NV_PUBLIC(nvPublic=public), ESYS_TR.PLATFORM)
+            for at in range(0, len(data), _NV_PART_BYTES):
+                esys.nv_write(handle, data[at : at + _NV_PART_BYTES], at, ESYS_TR.PLATFORM)
 
     def stop(self) -> None:
         """Make it hang: it accepts commands and answers none."""

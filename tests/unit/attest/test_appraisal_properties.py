@@ -1,19 +1,34 @@
 """Properties of the appraiser over any mutation of honest Evidence and any way to ask for a log."""
 
+import dataclasses
+
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.attest.appraisal import appraise
+from agent.attest.appraisal import StateNeededError, appraise
 from agent.attest.evidence import Evidence
 from agent.attest.measurement import config_entry, model_entry, policy_entry, refused_entry, unload_entry
 from agent.attest.structures import parse_signature
-from tests.support.attest import CONFIG, ENTRIES, MODEL, POLICY, Attester, digest, expectation, state_of
+from tests.support.attest import (
+    CONFIG,
+    ENTRIES,
+    MODEL,
+    POLICY,
+    REFERENCE,
+    Attester,
+    digest,
+    expectation,
+    state_of,
+    with_reference,
+)
 
 HONEST = Attester()
 EVIDENCE = HONEST.evidence()
 ASKED = expectation()
 BAD = digest("bad")
+OTHER_REFERENCE = with_reference(withdrawn=REFERENCE.models)
 
 
 def _values(evidence):
@@ -97,6 +112,26 @@ def test_any_split_of_a_log_is_appraised_as_the_whole(new, cuts):
     stepped, whole = _polled(log, verified), _polled(log, None)
     assert whole.verified is not None
     assert (stepped.status, stepped.checks, stepped.verified) == (whole.status, whole.checks, whole.verified)
+
+
+@given(st.lists(_ENTRY, max_size=6), st.lists(_ENTRY, max_size=3), st.sampled_from([REFERENCE, OTHER_REFERENCE]))
+def test_a_state_left_out_is_asked_for_or_not_needed(old, new, reference):
+    """Without it the appraisal is what it would be with it, or it is asked for: never anything else."""
+    before = _polled([*ENTRIES, *old], None).verified
+    assert before is not None
+    log = [*ENTRIES, *old, *new]
+    asked = expectation(verified=before, reference=reference)
+    evidence = HONEST.evidence(log, start=before.index, policy_sha256=state_of(*log).policy).encode()
+    whole = appraise(evidence, asked)
+    left_out = dataclasses.replace(asked, verified=msgspec.structs.replace(before, state=None))
+    if new or reference is not REFERENCE:
+        with pytest.raises(StateNeededError):
+            appraise(evidence, left_out)
+    else:
+        found = appraise(evidence, left_out)
+        assert (found.status, found.checks) == (whole.status, whole.checks)
+        assert whole.verified is not None
+        assert found.verified == msgspec.structs.replace(whole.verified, state=None)
 
 
 @given(st.lists(_ENTRY, max_size=12))

@@ -9,8 +9,8 @@ from agent.attest.appraisal import appraise
 from agent.attest.evidence import PcrValues, extra_data
 from agent.attest.findings import MAX_CHECK_ENTRIES
 from agent.attest.measurement import Entry, config_entry, model_entry, policy_entry, refused_entry, replay, unload_entry
-from agent.attest.reference import BootRule, Measurement, PolicyReference, ReferenceValues, pinned
-from agent.errors import ConfigError, VerificationError
+from agent.attest.reference import BootRule, Measurement, PolicyReference, ReferenceValues
+from agent.errors import VerificationError
 from tests.support.attest import (
     BOOT_PCRS,
     CONFIG,
@@ -203,33 +203,28 @@ def test_the_entries_of_a_finding_are_bounded():
     assert found.entries == tuple(entry.path for entry in refused[:MAX_CHECK_ENTRIES])
 
 
-def test_what_was_in_force_at_enrolment_is_added_to_pinned_rules():
-    """A pinned PCR has the values of the node's enrolment and those that were approved since; other rules stay."""
-    rules = {
-        0: BootRule("pinned", frozenset({"00" * 32})),
-        1: BootRule("pinned"),
-        7: BootRule("exact", frozenset({"77" * 32})),
-    }
-    found = pinned(with_reference(boot=rules), {0: "aa" * 32, 7: "bb" * 32}).boot
-    assert found == rules | {0: BootRule("pinned", frozenset({"00" * 32, "aa" * 32}))}
-
-
 def test_a_node_whose_boot_is_as_it_was_enrolled_is_affirming():
     """The boot PCRs of the enrolment pass, each change from there on warns, and so does a PCR that was not enrolled."""
     group = with_reference(boot={index: BootRule("pinned") for index in (0, 7)})
     enrolled = {index: value.hex() for index, value in BOOT_PCRS.items()}
     evidence = HONEST.evidence().encode()
-    held = [pinned(group, enrolled), pinned(group, enrolled | {7: "00" * 32}), pinned(group, {0: enrolled[0]}), group]
-    assert [appraise(evidence, expectation(reference=reference)).status for reference in held] == [
-        "affirming",
-        "warning",
-        "warning",
-        "warning",
-    ]
+    held: list[dict[int, str]] = [enrolled, enrolled | {7: "00" * 32}, {0: enrolled[0]}, {}]
+    found = [appraise(evidence, expectation(reference=group, enrolled_pcrs=pcrs)).status for pcrs in held]
+    assert found == ["affirming", "warning", "warning", "warning"]
 
 
-@pytest.mark.parametrize("value", ["", "AA" * 32, "aa" * 31, "aa" * 32 + "\n"])
-def test_an_enrolled_value_that_is_no_digest_is_refused(value):
-    """What is not a SHA-256 digest never becomes a Reference Value."""
-    with pytest.raises(ConfigError, match="PCR 3"):
-        pinned(with_reference(), {3: value})
+def test_a_value_approved_since_the_enrolment_stands_beside_it():
+    """A pinned PCR takes the enrolment's value and those that were approved since."""
+    now = BOOT_PCRS[0].hex()
+    approved = with_reference(boot={0: BootRule("pinned", frozenset({now}))})
+    assert appraise(
+        HONEST.evidence().encode(), expectation(reference=approved, enrolled_pcrs={0: "00" * 32})
+    ).status == ("affirming")
+
+
+def test_a_value_of_the_enrolment_is_no_exact_value():
+    """What a node brought when it was enrolled is taken for pinned PCRs alone."""
+    exact = with_reference(boot={0: BootRule("exact", frozenset({"00" * 32}))})
+    found = appraise(HONEST.evidence().encode(), expectation(reference=exact, enrolled_pcrs={0: BOOT_PCRS[0].hex()}))
+    assert found.failed is not None
+    assert (found.status, found.failed.name) == ("contraindicated", "boot-pcrs")

@@ -7,15 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.attest import measurement
+from agent.attest.log_state import LogState
 from agent.attest.measurement import (
     BOOT_AGGREGATE,
     MAX_ENTRY_BYTES,
     MAX_LOG_BYTES,
     MAX_PATH_BYTES,
     Entry,
-    LogState,
     boot_aggregate,
     config_entry,
+    known_models,
     model_entry,
     parse_entries,
     policy_entry,
@@ -43,6 +44,33 @@ def _parsed(data):
 def test_entries_come_back_as_written(entries):
     """Parsing is the inverse of encoding."""
     assert _parsed(b"".join(entry.encode(PCR) for entry in entries)) == entries
+
+
+@given(st.data())
+def test_what_is_known_beforehand_reads_as_it_would_anyway(data):
+    """Knowing any models, whatever the bytes: the same entries, the same PCR and the same state, or the same refusal."""
+    models = {"m/1/a": ["11" * 32, "22" * 32], "m/2/b": ["33" * 32]}
+    makers = [Entry(f"edgewarden/models/{key}", bytes.fromhex(one)) for key, ones in models.items() for one in ones]
+    entries = data.draw(st.lists(st.sampled_from([*makers, *ENTRIES[1:]]), max_size=6))
+    mangled = bytearray(b"".join(entry.encode(PCR) for entry in (FIRST, *entries)))
+    for at, value in data.draw(st.lists(st.tuples(st.integers(0, len(mangled) - 1), st.integers(0, 255)), max_size=1)):
+        mangled[at] = value
+    known = known_models(models, data.draw(st.sampled_from([PCR, 15])))
+    assert _outcome(bytes(mangled), known) == _outcome(bytes(mangled), None)
+
+
+def _outcome(log, known):
+    try:
+        entries, value = replay_log(log, PCR, known=known)
+        return [(entry.path, entry.digest) for entry in entries], value, LogState().after(entries, at_start=True)
+    except VerificationError as error:
+        return error.check, error.message
+
+
+@pytest.mark.parametrize("key", ["m/1", "m/1/a b", "m/1/" + "a" * MAX_PATH_BYTES])
+def test_a_key_that_no_entry_can_hold_is_not_known(key):
+    """Reference Values may name what no log can: it is left out, and nothing is taken for it."""
+    assert known_models({key: ["11" * 32]}, PCR) == {}
 
 
 @given(st.data())

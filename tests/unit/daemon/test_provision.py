@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from agent.config import load
 from agent.daemon import provision
 from agent.errors import ConfigError, HostError
+from tests.support.ek_chains import ROOT, armoured, of_version
 from tests.support.identity import jwks
 from tests.support.models import new_key
 from tools.demo_node import DemoNode
@@ -142,6 +143,8 @@ def test_a_certificates_key_has_a_digest(node):
     assert len(bytes.fromhex(provision.spki_sha256("x", pem))) == 32
     with pytest.raises(ConfigError, match="setting: not a PEM certificate"):
         provision.spki_sha256("setting", b"no certificate")
+    with pytest.raises(ConfigError, match="setting: not a PEM certificate"):
+        provision.spki_sha256("setting", armoured(of_version(7, ROOT.der())))
 
 
 def test_a_gateway_is_given_sealed_key_material(node):

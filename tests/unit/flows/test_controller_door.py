@@ -7,12 +7,14 @@ import ssl
 import pytest
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from agent.attest.enrolment import Challenge
 from agent.errors import ControllerError, VerificationError
 from agent.flows import controller as door
 from agent.flows.controller import ca_context, controller_origin, open_link, pinned_context
 from tests.support.controller import Ca, FakeController, pem, spki
+from tests.support.ek_chains import armoured, of_version
 
 SECRET = b'{"secret":"not for everybody"}'
 LIMIT = 1000
@@ -86,6 +88,26 @@ async def test_who_shows_another_key_hears_nothing(controller):
     """Not one request is made."""
     with pytest.raises(VerificationError, match="controller-key"):
         await pinned_context(controller.url, spki(ec.generate_private_key(ec.SECP256R1()).public_key()))
+    assert controller.received == []
+
+
+class _OfNoVersion:
+    """A certificate that OpenSSL serves, and whose version X.509 does not have."""
+
+    def __init__(self, certificate):
+        self._der = of_version(7, certificate.public_bytes(Encoding.DER))
+
+    def public_bytes(self, _encoding):
+        return armoured(self._der)
+
+
+async def test_who_shows_what_can_not_be_read_hears_nothing(controller):
+    """An odd certificate is a refusal by name, not the end of the agent."""
+    controller.stop()
+    controller.certificate = _OfNoVersion(controller.certificate)
+    controller.start()
+    with pytest.raises(VerificationError, match="no certificate that can be read"):
+        await pinned_context(controller.url, key_of(controller))
     assert controller.received == []
 
 

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from agent.errors import HostError, VerificationError
 from agent.flows.enrolled import EnrolmentStore, csr_for, new_key, public_spki_sha256
 from tests.support.controller import Ca, pem, private_key, spki
+from tests.support.ek_chains import armoured
 from tests.support.enrolment import identity_of
 
 KEY = ec.generate_private_key(ec.SECP256R1())
@@ -123,6 +124,22 @@ def test_a_damaged_file_is_an_error(store, folder, identity, name, content):
     (folder / name).write_bytes(content)
     with pytest.raises(VerificationError, match="enrolment"):
         store.load("n1")
+
+
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")  # a flipped bit makes it negative; that is no refusal
+def test_a_certificate_with_a_flipped_bit_is_refused_by_name_or_says_the_same(identity):
+    """Every bit of the node's certificate: nothing but a VerificationError, and where it loads, it names this node and this key."""
+    der = x509.load_pem_x509_certificate(identity.certificate).public_bytes(Encoding.DER)
+    refused = 0
+    for at in range(8 * len(der)):
+        damaged = der[: at // 8] + bytes([der[at // 8] ^ 1 << at % 8]) + der[at // 8 + 1 :]
+        try:
+            built = identity.renewed(armoured(damaged))
+        except VerificationError as error:
+            refused += str(error).startswith("enrolment: ")
+            continue
+        assert (built.spki_sha256, built.enrolment) == (identity.spki_sha256, identity.enrolment)
+    assert refused > len(der)
 
 
 def test_a_file_that_is_too_large_is_an_error(store, folder, identity):

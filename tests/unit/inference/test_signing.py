@@ -21,6 +21,8 @@ from agent.inference.signing import (
     sign,
     verify_bundle,
 )
+from tests.support.ek_chains import Ca as EkCa
+from tests.support.ek_chains import armoured, of_version
 from tests.support.models import DIGITAL_SIGNATURE, EPOCH, CertificateMaker, new_key, private_pem, public_pem
 
 FILES = {"model.onnx": "aa" * 32, "model.yaml": "bb" * 32, "sub/data.bin": "cc" * 32}
@@ -334,8 +336,12 @@ def _bad_chains():
 
 
 def _with_certificate(maker):
+    return _with_der(maker.certificate.public_bytes(serialization.Encoding.DER))
+
+
+def _with_der(der):
     bundle = json.loads(BUNDLE)
-    raw = base64.b64encode(maker.certificate.public_bytes(serialization.Encoding.DER)).decode()
+    raw = base64.b64encode(der).decode()
     bundle["verificationMaterial"] = {"x509CertificateChain": {"certificates": [{"rawBytes": raw}]}}
     return json.dumps(bundle).encode()
 
@@ -346,6 +352,11 @@ def test_a_chain_with_a_weak_link_is_refused(reason, bundle):
     with pytest.raises(VerificationError, match=reason) as caught:
         verify_bundle(bundle, FILES, ROOTS)
     assert caught.value.check == "certificate-chain"
+
+
+def test_a_certificate_of_no_version_is_refused():
+    """A number that X.509 does not have is an error of its own in the library, and one of verification here."""
+    assert _check(_with_der(of_version(7, EkCa("Signer").der()))) == "certificate-chain"
 
 
 def test_a_certificate_is_worth_nothing_without_trusted_roots():
@@ -373,7 +384,7 @@ def test_trust_store_takes_keys_and_certificates_and_nothing_else():
     assert verify_bundle(_chain(ROOT.issue("Leaf")), FILES, trust).kind == "certificate"
     ed = ed25519.Ed25519PrivateKey.generate().public_key()
     pem = ed.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    for wrong in (pem, b"rubbish", b"", private_pem(KEY)):
+    for wrong in (pem, b"rubbish", b"", private_pem(KEY), armoured(of_version(7, EkCa("Signer").der()))):
         with pytest.raises(ConfigError, match="trusted signer"):
             TrustStore.from_pem(wrong)
 

@@ -47,6 +47,18 @@ async def test_difference_is_found(database: Database) -> None:
         assert await connection.run_sync(differences) != []
 
 
+async def test_tables_of_a_later_version_are_not_touched(tmp_path: Path) -> None:
+    """A program that meets tables which it does not know says so, and changes nothing."""
+    settings = sqlite_settings(tmp_path)
+    database = await Database.open(settings)
+    async with database.begin() as connection:
+        await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    await database.close()
+    for _ in range(2):  # the file's lock is free again after each
+        with pytest.raises(StoreError, match=r"its tables are not of this program's line of versions: .*9999"):
+            await Database.open(settings)
+
+
 async def test_error_rolls_back(database: Database) -> None:
     """A transaction that ends by an error leaves nothing behind."""
 

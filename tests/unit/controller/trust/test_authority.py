@@ -8,11 +8,13 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent.errors import ConfigError, VerificationError
 from controller.trust.authority import Authority, request_key, spki_sha256
-from controller.trust.endorsement import load_allowlist, load_roots, parse_ek_public
 from controller.trust.node_tls import certificate_spki, poll_context
+from tests.support.ek_chains import ROOT, armoured, of_version
 
 
 @pytest.fixture
@@ -37,6 +39,13 @@ def test_a_key_that_is_missing_or_damaged_is_a_configuration_error(authority, na
         Authority.load(authority.directory, "fleet.example")
     (authority.directory / name).unlink()
     with pytest.raises(ConfigError, match=name):
+        Authority.load(authority.directory, "fleet.example")
+
+
+def test_a_ca_of_no_version_is_a_configuration_error(authority):
+    """What the library calls by another name is one of the operator's files all the same."""
+    (authority.directory / "ca.pem").write_bytes(armoured(of_version(7, ROOT.der())))
+    with pytest.raises(ConfigError, match="keys"):
         Authority.load(authority.directory, "fleet.example")
 
 
@@ -95,6 +104,9 @@ def _request(key):
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
 
+REQUEST = _request(ec.generate_private_key(ec.SECP256R1()))
+
+
 def test_a_certificate_request_is_signed_by_its_own_p256_key():
     """Damaged, or of another kind of key: refused."""
     key = ec.generate_private_key(ec.SECP256R1())
@@ -103,6 +115,7 @@ def test_a_certificate_request_is_signed_by_its_own_p256_key():
     for bad in (
         b"",
         good[:-1] + bytes([good[-1] ^ 1]),
+        of_version(5, good),
         _request(rsa.generate_private_key(65537, 2048)),
         _request(ec.generate_private_key(ec.SECP384R1())),
     ):
@@ -111,30 +124,26 @@ def test_a_certificate_request_is_signed_by_its_own_p256_key():
         assert refusal.value.check == "csr"
 
 
+@given(st.data())
+def test_a_damaged_certificate_request_is_refused_and_nothing_else_happens(data):
+    """Any byte changed, cut or put in: a VerificationError, never another error and never another key."""
+    at = data.draw(st.integers(0, len(REQUEST) - 1))
+    change = data.draw(st.binary(max_size=3).filter(lambda found: found != REQUEST[at : at + 1]))
+    with pytest.raises(VerificationError) as refusal:
+        request_key(REQUEST[:at] + change + REQUEST[at + 1 :])
+    assert refusal.value.check == "csr"
+
+
+@given(st.binary(max_size=600))
+def test_bytes_are_no_certificate_request(data):
+    """Whatever a node sends in its place."""
+    with pytest.raises(VerificationError):
+        request_key(data)
+    assert certificate_spki(data) == ""
+
+
 def test_what_is_no_certificate_has_no_key():
     """And is like no key that a node has."""
     assert certificate_spki(None) == certificate_spki(b"garbage") == ""
-
-
-def test_an_operator_s_lists_are_read_or_refused_by_name(tmp_path):
-    """Comments and empty lines are none of them."""
-    path = tmp_path / "list"
-    path.write_text(f"# ours\n{'ab' * 32}  # shop 7\n\n")
-    assert load_allowlist(str(path)) == {"ab" * 32}
-    assert load_allowlist(None) == frozenset()
-    path.write_text("AB\n")
-    with pytest.raises(ConfigError, match=":1: not a SHA-256"):
-        load_allowlist(str(path))
-    with pytest.raises(ConfigError, match="ek_roots"):
-        load_roots([str(path)])
-    for missing in (lambda: load_roots([str(tmp_path / "no")]), lambda: load_allowlist(str(tmp_path / "no"))):
-        with pytest.raises(ConfigError):
-            missing()
-
-
-@pytest.mark.parametrize("size", [0, 1, 60, 122, 126, 330])
-def test_bytes_that_are_no_endorsement_key_are_refused(size):
-    """By name, whatever their length."""
-    with pytest.raises(VerificationError) as refusal:
-        parse_ek_public(bytes(size))
-    assert refusal.value.check == "ek-template"
+    assert certificate_spki(of_version(7, ROOT.der())) == ""
+    assert certificate_spki(ROOT.der()) == spki_sha256(ROOT.key.public_key())

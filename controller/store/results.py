@@ -1,0 +1,122 @@
+"""What was found at a node's last appraisal, and the history of that.
+
+Rules:
+
+1. Of two appraisals that cross, the one of the older quote is not kept: the TPM's clock orders quotes as the log orders its entries.
+2. The log's state is written only where the log grew.
+3. The history has a row only where a status or a reason changed; how long it held is seen from the next row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from sqlalchemy import BigInteger, ColumnElement, insert, select, tuple_, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from agent.attest.appraisal import Verified
+from agent.attest.log_state import LogState
+from controller.store.fleet import NodeRecord, overtaken
+from controller.store.schema import logs, results, states
+
+__all__ = ["Appraised", "history", "save"]
+
+
+@dataclass(frozen=True, slots=True)
+class Appraised:
+    """An appraisal to be kept.
+
+    Attributes:
+        before: the record that it was made with.
+        status, checks, claims, nonce, version: what was found; ``checks`` and ``claims`` are JSON.
+        at_us: when.
+        verified: how far the log is verified now; None leaves what was known.
+    """
+
+    before: NodeRecord
+    status: str
+    checks: str
+    claims: str
+    nonce: str
+    version: int
+    at_us: int
+    verified: Verified | None
+
+    @property
+    def changed(self) -> bool:
+        """Whether it differs from the last one in a way that a reader of the history wants to see."""
+        return (self.status, self.checks) != (self.before.status, self.before.checks)
+
+
+async def save(connection: AsyncConnection, found: Appraised) -> None:
+    """Keep an appraisal: the node's state, its verified log where it grew, and history where something changed.
+
+    Raises:
+        PeerError: 409, when the node was appraised meanwhile by a newer quote (rule 1).
+    """
+    before, verified = found.before, found.verified
+    values: dict[str, Any] = {
+        "status": found.status,
+        "appraised_us": found.at_us,
+        "nonce": found.nonce,
+        "version": found.version,
+        "checks": found.checks,
+        "claims": found.claims,
+    }
+    if found.changed:
+        values["since_us"] = found.at_us
+    if verified is not None:
+        values |= _verified_columns(before.verified, verified)
+    if before.status is None:
+        await connection.execute(insert(states).values(node=before.id, **values))
+    else:
+        changed = await connection.execute(update(states).where(*_not_older(before.id, verified)).values(**values))
+        if changed.rowcount == 0:
+            raise overtaken(before.id)
+    if verified is not None and verified.state is not None:
+        await _save_log(connection, before, verified.state)
+    if found.changed:
+        await connection.execute(
+            insert(results).values(
+                node=before.id, status=found.status, checks=found.checks, version=found.version, first_us=found.at_us
+            )
+        )
+
+
+def _verified_columns(before: Verified | None, now: Verified) -> dict[str, Any]:
+    columns: dict[str, Any] = {
+        "log_index": now.index,
+        "pcr": now.pcr,
+        "clock": now.clock,
+        "reset_count": now.reset_count,
+        "restart_count": now.restart_count,
+    }
+    if before is None or now.judgement is not before.judgement:
+        columns["judgement"] = msgspec.json.encode(now.judgement).decode()
+    return columns
+
+
+def _not_older(node: str, verified: Verified | None) -> tuple[ColumnElement[bool], ...]:
+    mine = states.c.node == node
+    if verified is None:
+        return (mine,)
+    kept = tuple_(states.c.reset_count, states.c.clock)
+    return mine, states.c.log_index.is_(None) | (
+        kept <= tuple_(verified.reset_count, verified.clock, types=[BigInteger, BigInteger])
+    )
+
+
+async def _save_log(connection: AsyncConnection, before: NodeRecord, state: LogState) -> None:
+    data = msgspec.json.encode(state)
+    if before.verified is None:
+        await connection.execute(insert(logs).values(node=before.id, state=data))
+    else:
+        await connection.execute(update(logs).where(logs.c.node == before.id).values(state=data))
+
+
+async def history(connection: AsyncConnection, node: str, limit: int) -> list[dict[str, Any]]:
+    """Return a node's results, the newest first."""
+    query = select(results).where(results.c.node == node).order_by(results.c.id.desc()).limit(limit)
+    return [dict(row) for row in (await connection.execute(query)).mappings()]

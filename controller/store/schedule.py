@@ -1,0 +1,145 @@
+"""When each node is due, and whether it answers.
+
+Rules:
+
+1. A node is claimed for a poll by moving its due time ahead by a whole interval, under ``FOR UPDATE SKIP LOCKED``. So whatever becomes of the
+   replica that claimed it, no other polls it in this interval, and all find it due in the next.
+2. A node is polled in its own interval, or else in its group's.
+3. Whether a node answers is a fact of its own; what is thought of it (:mod:`controller.store.results`) stays as it was.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Row, bindparam, func, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from agent.errors import PeerError
+from controller.store.schema import groups, nodes, polls
+
+__all__ = [
+    "Due",
+    "answered",
+    "claim",
+    "hurry",
+    "interval_of",
+    "postpone",
+    "set_group_interval",
+    "set_interval",
+    "silent",
+]
+
+MAX_BACKOFF = 8  # times the interval, for a node that does not answer
+JITTER = 0.1  # of an interval, at most
+
+
+interval_of = func.coalesce(nodes.c.interval_s, groups.c.interval_s).label("interval_s")
+"""A node's interval, in a query over ``nodes`` and ``groups``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A node that was claimed, and how late."""
+
+    node: str
+    lag_us: int
+
+
+async def claim(connection: AsyncConnection, now_us: int, limit: int) -> list[Due]:
+    """Take the nodes that are due, the longest waiting first (rule 1)."""
+    query = (
+        select(polls.c.node, polls.c.due_us, polls.c.failures, interval_of)
+        .join(nodes, nodes.c.id == polls.c.node)
+        .join(groups, groups.c.name == nodes.c.group_name)
+        .where(polls.c.due_us <= now_us)
+        .order_by(polls.c.due_us)
+        .limit(limit)
+        .with_for_update(skip_locked=True, of=polls)
+    )
+    rows = (await connection.execute(query)).all()
+    if rows:
+        await connection.execute(
+            update(polls).where(polls.c.node == bindparam("who")).values(due_us=bindparam("next")),
+            [{"who": row.node, "next": _next(row, now_us)} for row in rows],
+        )
+    return [Due(row.node, now_us - row.due_us) for row in rows]
+
+
+def _next(row: Row[Any, Any, Any, Any], now_us: int) -> int:
+    """Return when a node is due again: an interval later, more for one that does not answer, with jitter."""
+    interval_us = row.interval_s * 1_000_000
+    wait_us = interval_us * min(2**row.failures, MAX_BACKOFF)
+    jitter_us = secrets.randbelow(int(interval_us * JITTER) + 1)
+    # From when it was due, so that a fleet stays spread; from now where a whole interval was missed.
+    start_us = row.due_us if row.due_us + interval_us > now_us else now_us
+    return int(start_us + wait_us + jitter_us)
+
+
+async def hurry(connection: AsyncConnection, group: str, now_us: int) -> None:
+    """Make all nodes of a group due within a tenth of their interval: what they are held against has changed."""
+    interval_s = (await connection.execute(select(groups.c.interval_s).where(groups.c.name == group))).scalar_one()
+    mine = select(nodes.c.id).where(nodes.c.group_name == group)
+    latest = now_us + int(interval_s * 1_000_000 * JITTER)
+    await connection.execute(update(polls).where(polls.c.node.in_(mine), polls.c.due_us > latest).values(due_us=latest))
+
+
+async def postpone(connection: AsyncConnection, node: str, due_us: int) -> None:
+    """Say when a node that pushes would be late."""
+    await connection.execute(update(polls).where(polls.c.node == node).values(due_us=due_us))
+
+
+async def answered(connection: AsyncConnection, who: list[str], now_us: int) -> None:
+    """Note that nodes were reached, whatever they said."""
+    await connection.execute(
+        update(polls).where(polls.c.node == bindparam("who")).values(failures=0, contact_us=now_us, error=None),
+        [{"who": node} for node in who],
+    )
+
+
+async def silent(connection: AsyncConnection, node: str, error: str) -> bool:
+    """Note that a node was not reached; returns whether that is news."""
+    row = (await connection.execute(select(polls.c.failures).where(polls.c.node == node))).one_or_none()
+    if row is None:
+        return False
+    await connection.execute(
+        update(polls).where(polls.c.node == node).values(failures=row.failures + 1, error=error[:512])
+    )
+    return bool(row.failures == 0)
+
+
+async def set_interval(connection: AsyncConnection, node: str, interval_s: int | None, now_us: int) -> None:
+    """Give a node an interval of its own, or its group's again; it holds at once.
+
+    Raises:
+        PeerError: 404.
+    """
+    changed = await connection.execute(update(nodes).where(nodes.c.id == node).values(interval_s=interval_s))
+    if changed.rowcount == 0:
+        raise PeerError(404, "not_enrolled", f"no node {node!r} is enrolled here")
+    effective = select(interval_of).join(groups, groups.c.name == nodes.c.group_name).where(nodes.c.id == node)
+    await _spread(connection, [node], (await connection.execute(effective)).scalar_one(), now_us)
+
+
+async def set_group_interval(connection: AsyncConnection, group: str, interval_s: int, now_us: int) -> None:
+    """Change the interval of a group; it holds at once, for those nodes that have none of their own.
+
+    Raises:
+        PeerError: 404.
+    """
+    changed = await connection.execute(update(groups).where(groups.c.name == group).values(interval_s=interval_s))
+    if changed.rowcount == 0:
+        raise PeerError(404, "no_group", f"there is no group {group!r}")
+    mine = select(nodes.c.id).where(nodes.c.group_name == group, nodes.c.interval_s.is_(None))
+    await _spread(connection, list((await connection.execute(mine)).scalars()), interval_s, now_us)
+
+
+async def _spread(connection: AsyncConnection, names: list[str], interval_s: int, now_us: int) -> None:
+    """Make nodes due within an interval from now, each at a moment of its own."""
+    if names:
+        await connection.execute(
+            update(polls).where(polls.c.node == bindparam("who")).values(due_us=bindparam("next")),
+            [{"who": name, "next": now_us + secrets.randbelow(interval_s * 1_000_000)} for name in names],
+        )
