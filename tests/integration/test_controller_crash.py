@@ -8,7 +8,7 @@ import math
 import random  # noqa: TID251 -- seeded below
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ class Witness(SoftwareNode):
             refused = self.entries[-1].path.startswith("edgewarden/refused")
             entry = model_entry("m", "1", "model.onnx", MODEL)
             self.entries.append(entry if refused else refused_entry("m", "1", "model.onnx", digest("other")))
+        clock = self.attester.clock
+        self.attester.clock = replace(clock, clock=clock.clock + 1)
         self._burn("asked")
         return super().evidence(nonce, start, **claims)
 
