@@ -48,31 +48,59 @@ def config(request, tmp_path):
     return controller_home(tmp_path, VENDOR.pem(), *options, poll={"interval_s": 3600, "timeout_s": 30})
 
 
-async def test_no_change_is_hidden_by_polls_that_cross(config):
-    """Both began when the node was affirming; of the first's finding and of the newer second's, affirming again, each has its row, record and event."""
+@pytest.fixture
+async def office(config):
+    async with desk(config) as running:
+        await running.approve()
+        yield running
+
+
+@pytest.fixture
+async def node(office):
     node = SlowNode(vendor=VENDOR)
     runner = await node.serve()
-
-    async def begin(office, called):
-        node.called = called
-        poll = asyncio.create_task(office.call("POST", "/v1/nodes/edge-1/poll"))
-        await asyncio.wait_for(node.quoted.acquire(), 30)
-        return poll
-
     try:
-        async with desk(config) as office:
-            await office.approve()
-            await node.enrol(office.anyone, office.url, await office.token())
-            first, second = await begin(office, "edge-2"), await begin(office, "edge-1")
-            node.given[0].set()
-            assert (await first)["status"] == "contraindicated"
-            node.given[1].set()
-            assert (await second)["status"] == "affirming"
-            assert (await office.node("edge-1"))["status"] == "affirming"
-            history = await office.call("GET", "/v1/nodes/edge-1/results")
-            assert [row["status"] for row in history] == ["affirming", "contraindicated", "affirming"]
-            told = [(one["detail"]["before"], one["detail"]["status"]) for one in await office.records("node.result")]
-            assert told == [("none", "affirming"), ("affirming", "contraindicated"), ("contraindicated", "affirming")]
-            assert len(node.results) == 2
+        await node.enrol(office.anyone, office.url, await office.token())
+        yield node
     finally:
         await runner.cleanup()
+
+
+async def begin(office, node, called, *, expect=200):
+    """Have the node polled, until it has made its quote."""
+    node.called = called
+    poll = asyncio.create_task(office.call("POST", "/v1/nodes/edge-1/poll", expect=expect))
+    await asyncio.wait_for(node.quoted.acquire(), 30)
+    return poll
+
+
+async def changes(office):
+    """The node's history, the oldest first; records and events must tell the same."""
+    history = [row["status"] for row in await office.call("GET", "/v1/nodes/edge-1/results")][::-1]
+    told = [(one["detail"]["before"], one["detail"]["status"]) for one in await office.records("node.result")]
+    assert told == list(zip(["none", *history], history, strict=False))
+    return history
+
+
+async def test_no_change_is_hidden_by_polls_that_cross(office, node):
+    """Both began when the node was affirming; of the first's finding and of the newer second's, affirming again, each has its row and its record."""
+    first, second = await begin(office, node, "edge-2"), await begin(office, node, "edge-1")
+    node.given[0].set()
+    assert (await first)["status"] == "contraindicated"
+    node.given[1].set()
+    assert (await second)["status"] == "affirming"
+    assert (await office.node("edge-1"))["status"] == "affirming"
+    assert await changes(office) == ["affirming", "contraindicated", "affirming"]
+    assert len(node.results) == 2
+
+
+async def test_an_older_quote_is_not_put_over_a_newer(office, node):
+    """The one that comes too late is refused by name; nothing of it is kept or told."""
+    older, newer = await begin(office, node, "edge-1", expect=409), await begin(office, node, "edge-2")
+    node.given[1].set()
+    assert (await newer)["status"] == "contraindicated"
+    node.given[0].set()
+    assert (await older)["check"] == "overtaken"
+    assert (await office.node("edge-1"))["status"] == "contraindicated"
+    assert await changes(office) == ["affirming", "contraindicated"]
+    assert len(node.results) == 1
