@@ -1,12 +1,18 @@
 """YAML without what makes a small file large or ambiguous: no aliases, no duplicate keys, bounded depth, safe types only."""
 
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, TypeVar
 
+import msgspec
 import yaml
 
-__all__ = ["MAX_DEPTH", "load"]
+from agent.errors import ConfigError
+
+__all__ = ["MAX_DEPTH", "MAX_SETTINGS_BYTES", "load", "read_settings"]
 
 MAX_DEPTH: Final = 16
+MAX_SETTINGS_BYTES: Final = 256 * 1024
+_T = TypeVar("_T")
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,3 +50,27 @@ def load(data: bytes) -> Any:  # noqa: ANN401 -- whatever the document holds; th
         return yaml.load(data, Loader=_Loader)  # noqa: S506 -- a subclass of the safe loader, narrowed
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
+
+
+def read_settings(path: Path, schema: type[_T], *, hint: str = "") -> _T:
+    """Read a file of settings.
+
+    Args:
+        path: where it lies.
+        schema: what it must be; an empty file is an empty mapping.
+        hint: what to do where there is no such file.
+
+    Raises:
+        ConfigError: unreadable, over :data:`MAX_SETTINGS_BYTES`, not YAML, or not the schema; the text names the place.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_SETTINGS_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}{hint}") from error
+    if len(text) > MAX_SETTINGS_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_SETTINGS_BYTES} bytes")
+    try:
+        return msgspec.convert(load(text) or {}, schema)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error

@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 DEFAULT_CONFIG = Path("/etc/edgewarden-controller/controller.yaml")
-MAX_CONFIG_BYTES = 256 * 1024
 MAX_PORT = 65_535
 _SQLITE = "sqlite+aiosqlite"
 _POSTGRESQL = "postgresql+asyncpg"
@@ -151,17 +150,7 @@ def load(path: Path) -> Settings:
     Raises:
         ConfigError: unreadable, not YAML, or not the schema; the text names the place.
     """
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; `edgewarden controller init` makes one") from error
-    if len(text) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
-    try:
-        settings = msgspec.convert(strict_yaml.load(text) or {}, Settings)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    settings = strict_yaml.read_settings(path, Settings, hint="; `edgewarden controller init` makes one")
     if settings.metrics.listen is not None:
         split_listen(f"{path}: metrics.listen", settings.metrics.listen)
     _check_nats(settings.nats)

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from agent import clock
+from agent.certificate import begin_certificate, key_usage
 
 __all__ = ["Authority", "write_signing_key"]
 
@@ -37,7 +38,9 @@ class Authority:
         builder = _builder(subject, subject, key.public_key()).add_extension(
             x509.BasicConstraints(ca=True, path_length=0), critical=True
         )
-        certificate = builder.add_extension(_usage(ca=True), critical=True).sign(key, hashes.SHA256())
+        certificate = builder.add_extension(key_usage("key_cert_sign", "crl_sign"), critical=True).sign(
+            key, hashes.SHA256()
+        )
         (directory / "ca.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         _write_key(directory / "ca.key", key)
         return cls(directory, certificate, key)
@@ -77,7 +80,7 @@ class Authority:
         builder = (
             _builder(x509.Name(attributes), self.certificate.subject, key.public_key())
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(ca=False), critical=True)
+            .add_extension(key_usage("digital_signature"), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
         )
@@ -102,30 +105,7 @@ def write_signing_key(directory: Path, name: str) -> Path:
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
     start = dt.datetime.fromtimestamp(clock.now(), dt.UTC) - dt.timedelta(hours=1)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(start)
-        .not_valid_after(start + dt.timedelta(days=VALID_DAYS))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-    )
-
-
-def _usage(*, ca: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not ca,
-        key_cert_sign=ca,
-        crl_sign=ca,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
+    return begin_certificate(subject, issuer, key, start, start + dt.timedelta(days=VALID_DAYS))
 
 
 def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:

@@ -26,7 +26,6 @@ from agent.records import canonical
 
 __all__ = [
     "DEFAULT_CONFIG",
-    "MAX_CONFIG_BYTES",
     "AttestSettings",
     "AuditSettings",
     "ControlSettings",
@@ -50,7 +49,6 @@ __all__ = [
 ]
 
 DEFAULT_CONFIG = Path("/etc/edgewarden/edgewarden.yaml")
-MAX_CONFIG_BYTES = 256 * 1024
 
 
 class NodeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -257,17 +255,7 @@ def load(path: Path) -> Settings:
     Raises:
         ConfigError: unreadable, not YAML, or not the schema; the text names the place.
     """
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    if len(text) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
-    try:
-        settings = msgspec.convert(strict_yaml.load(text), Settings)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    settings = strict_yaml.read_settings(path, Settings)
     _check_listeners(path, settings)
     return _absolute(settings, path.resolve().parent)
 

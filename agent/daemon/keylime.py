@@ -26,6 +26,7 @@ from agent.attest.keylime import MAX_KERNEL_LIST_BYTES, KernelList, parse_kernel
 from agent.attest.log import MeasurementLog
 from agent.attest.measurement import KERNEL_PCR
 from agent.attest.tpm_thread import TpmThread
+from agent.certificate import begin_certificate, key_usage
 from agent.config import KeylimeSettings, keylime_contact
 from agent.daemon.provision import read_pem
 from agent.daemon.tls import server_context
@@ -122,29 +123,11 @@ def prepare_keylime(keylime: KeylimeSettings, state: Path) -> KeylimeMode | None
 def _new_identity(name: str) -> bytes:
     key = rsa.generate_private_key(65537, KEY_BITS)
     subject = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, name)])
-    usage = x509.KeyUsage(
-        digital_signature=True,
-        key_encipherment=True,
-        content_commitment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=False,
-        crl_sign=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
     certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(_BEGIN)
-        .not_valid_after(_NO_END)
+        begin_certificate(subject, subject, key.public_key(), _BEGIN, _NO_END)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(usage, critical=True)
+        .add_extension(key_usage("digital_signature", "key_encipherment"), critical=True)
         .add_extension(x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
     return key.private_bytes(

@@ -28,6 +28,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from jwt.algorithms import ECAlgorithm
 
 from agent import clock
+from agent.certificate import begin_certificate, key_usage
 from agent.errors import ConfigError, VerificationError
 
 __all__ = ["Authority", "Issued", "request_key", "spki_sha256"]
@@ -84,7 +85,7 @@ class Authority:
             certificate = (
                 _builder(subject, subject, keys["ca"].public_key(), dt.timedelta(days=CA_DAYS))
                 .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-                .add_extension(_usage(ca=True), critical=True)
+                .add_extension(key_usage("key_cert_sign", "crl_sign"), critical=True)
                 .sign(keys["ca"], hashes.SHA256())
             )
             authority = cls(directory, trust_domain, certificate, keys["ca"], keys["result"])
@@ -181,7 +182,7 @@ class Authority:
         return (
             _builder(subject, self.certificate.subject, key, validity)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(ca=False), critical=True)
+            .add_extension(key_usage("digital_signature"), critical=True)
             .add_extension(_EXTENDED, critical=False)
             .add_extension(names, critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
@@ -210,30 +211,7 @@ def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, validity: dt.timedelta
 ) -> x509.CertificateBuilder:
     now = dt.datetime.fromtimestamp(int(clock.now()), dt.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - BACKDATE)
-        .not_valid_after(now + validity)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-    )
-
-
-def _usage(*, ca: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not ca,
-        key_cert_sign=ca,
-        crl_sign=ca,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
+    return begin_certificate(subject, issuer, key, now - BACKDATE, now + validity)
 
 
 def _pem(certificate: x509.Certificate) -> str:

@@ -13,6 +13,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
+from agent.certificate import begin_certificate
+
 __all__ = ["HOSTILE", "PAST", "ROOT", "Ca", "Shown", "armoured", "good", "line", "of_version", "under", "usage"]
 
 EK_USE = x509.ObjectIdentifier("2.23.133.8.1")
@@ -90,17 +92,9 @@ class Ca:
 
 
 def _builder(name: str, key: EkPublic, by: Ca, start: dt.datetime, end: dt.datetime) -> x509.CertificateBuilder:
-    return (
-        x509.CertificateBuilder()
-        .subject_name(_name(name))
-        .issuer_name(_name(by.name))
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(start)
-        .not_valid_after(end)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(by.key.public_key()), critical=False)
-    )
+    builder = begin_certificate(_name(name), _name(by.name), key, start, end)
+    of_issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(by.key.public_key())
+    return builder.add_extension(of_issuer, critical=False)
 
 
 ROOT = Ca("TPM vendor")

@@ -14,6 +14,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from agent.certificate import begin_certificate, key_usage
 from tools.example_models import ASSETS, write_magika, write_orientation, write_package
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # noqa: TID251 -- stands for the parent process that sets it
@@ -133,17 +134,7 @@ def magika_features(content: bytes) -> np.ndarray[Any, Any]:
     return features
 
 
-DIGITAL_SIGNATURE = x509.KeyUsage(
-    digital_signature=True,
-    content_commitment=False,
-    key_encipherment=False,
-    data_encipherment=False,
-    key_agreement=False,
-    key_cert_sign=False,
-    crl_sign=False,
-    encipher_only=False,
-    decipher_only=False,
-)
+DIGITAL_SIGNATURE = key_usage("digital_signature")
 
 
 class CertificateMaker:
@@ -184,17 +175,9 @@ class CertificateMaker:
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)])
         parent = issuer.certificate.subject if issuer else name
         signing_key = issuer.key if issuer else key
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(parent)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(start)
-            .not_valid_after(start + dt.timedelta(days=days))
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signing_key.public_key()), critical=False)
-        )
+        builder = begin_certificate(
+            name, parent, key.public_key(), start, start + dt.timedelta(days=days)
+        ).add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signing_key.public_key()), critical=False)
         if basic_constraints:
             builder = builder.add_extension(x509.BasicConstraints(ca, path_length if ca else None), critical=True)
         if key_usage is not None:

@@ -6,13 +6,13 @@ import hashlib
 import json
 
 import pytest
-from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.certificate import key_usage
 from agent.errors import ConfigError, VerificationError
 from agent.inference.signing import (
     MAX_BUNDLE_BYTES,
@@ -293,17 +293,7 @@ def test_a_chain_to_a_trusted_root_verifies_and_names_its_subject():
     assert (signer.kind, signer.subject, signer.in_date) == ("certificate", "CN=Release", True)
 
 
-NO_SIGNATURES = x509.KeyUsage(
-    digital_signature=False,
-    content_commitment=False,
-    key_encipherment=True,
-    data_encipherment=False,
-    key_agreement=False,
-    key_cert_sign=False,
-    crl_sign=False,
-    encipher_only=False,
-    decipher_only=False,
-)
+NO_SIGNATURES = key_usage("key_encipherment")
 
 
 def _bad_chains():
