@@ -151,8 +151,7 @@ class Appraiser:
 
     async def keep(self, connection: AsyncConnection, finding: Finding) -> None:
         """Write an appraisal in the caller's transaction."""
-        found = finding.appraised
-        await results.save(connection, found)
+        found = await results.save(connection, finding.appraised)
         if found.changed:
             failed = finding.result.checks[0] if finding.result.checks else None
             await audit.append(

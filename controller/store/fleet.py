@@ -71,6 +71,7 @@ class NodeRecord:
     verified: Verified | None
     status: str | None
     checks: str | None
+    nonce: str | None  # of the last appraisal
 
 
 async def add(connection: AsyncConnection, node: NewNode, now_us: int) -> None:
@@ -172,6 +173,7 @@ def _record(row: Row[Any]) -> NodeRecord:
         verified=verified,
         status=row.status,
         checks=row.checks,
+        nonce=row.nonce,
     )
 
 

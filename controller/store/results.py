@@ -4,16 +4,17 @@ Rules:
 
 1. Of two appraisals that cross, the one of the older quote is not kept: the TPM's clock orders quotes as the log orders its entries.
 2. The log's state is written only where the log grew.
-3. The history has a row only where a status or a reason changed; how long it held is seen from the next row.
+3. The history has a row only where a status or a reason changed; how long it held is seen from the next row. Changed against what is kept now, not
+   against what an appraisal began with: of two that cross, the second would else hide what it changes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
-from sqlalchemy import BigInteger, ColumnElement, insert, select, tuple_, update
+from sqlalchemy import BigInteger, ColumnElement, insert, select, true, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent.attest.appraisal import Verified
@@ -50,31 +51,21 @@ class Appraised:
         return (self.status, self.checks) != (self.before.status, self.before.checks)
 
 
-async def save(connection: AsyncConnection, found: Appraised) -> None:
+async def save(connection: AsyncConnection, found: Appraised) -> Appraised:
     """Keep an appraisal: the node's state, its verified log where it grew, and history where something changed.
+
+    Returns:
+        It, with what stands before it.
 
     Raises:
         PeerError: 409, when the node was appraised meanwhile by a newer quote (rule 1).
     """
     before, verified = found.before, found.verified
-    values: dict[str, Any] = {
-        "status": found.status,
-        "appraised_us": found.at_us,
-        "nonce": found.nonce,
-        "version": found.version,
-        "checks": found.checks,
-        "claims": found.claims,
-    }
-    if found.changed:
-        values["since_us"] = found.at_us
-    if verified is not None:
-        values |= _verified_columns(before.verified, verified)
     if before.status is None:
-        await connection.execute(insert(states).values(node=before.id, **values))
-    else:
-        changed = await connection.execute(update(states).where(*_not_older(before.id, verified)).values(**values))
-        if changed.rowcount == 0:
-            raise overtaken(before.id)
+        await connection.execute(insert(states).values(node=before.id, since_us=found.at_us, **_columns(found)))
+    elif not await _update(connection, found, states.c.nonce == before.nonce):
+        found = await _on_top(connection, found)
+        await _update(connection, found, true())
     if verified is not None and verified.state is not None:
         await _save_log(connection, before, verified.state)
     if found.changed:
@@ -83,6 +74,34 @@ async def save(connection: AsyncConnection, found: Appraised) -> None:
                 node=before.id, status=found.status, checks=found.checks, version=found.version, first_us=found.at_us
             )
         )
+    return found
+
+
+async def _update(connection: AsyncConnection, found: Appraised, only: ColumnElement[bool]) -> bool:
+    values = _columns(found) | ({"since_us": found.at_us} if found.changed else {})
+    changed = await connection.execute(update(states).where(states.c.node == found.before.id, only).values(**values))
+    return changed.rowcount > 0
+
+
+async def _on_top(connection: AsyncConnection, found: Appraised) -> Appraised:
+    """Put an appraisal on top of the one that was kept since it began."""
+    query = select(states.c.status, states.c.checks).where(*_not_older(found.before.id, found.verified))
+    kept = (await connection.execute(query.with_for_update())).one_or_none()
+    if kept is None:
+        raise overtaken(found.before.id)
+    return replace(found, before=replace(found.before, status=kept.status, checks=kept.checks))
+
+
+def _columns(found: Appraised) -> dict[str, Any]:
+    columns: dict[str, Any] = {
+        "status": found.status,
+        "appraised_us": found.at_us,
+        "nonce": found.nonce,
+        "version": found.version,
+        "checks": found.checks,
+        "claims": found.claims,
+    }
+    return columns | ({} if found.verified is None else _verified_columns(found.before.verified, found.verified))
 
 
 def _verified_columns(before: Verified | None, now: Verified) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import contextlib
 import math
 import random  # noqa: TID251 -- seeded below
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from sqlalchemy import select, update
 
+from agent.attest.enrolment import CHALLENGE_PATH, EVIDENCE_PATH, ChallengeRequest, JoinToken, PushedEvidence
 from agent.attest.measurement import model_entry, refused_entry
 from agent.attest.result import AttestationResult, CheckResult
 from agent.audit.merkle import leaf_hash, tree_root
@@ -35,10 +36,10 @@ from tests.support.software_node import SoftwareNode, Vendor
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
 SEED = 20_263
-KILLS = 9
+KILLS = 10
 NODES = 6
 VENDOR = Vendor()
-_MOMENTS = ("asked", "told", "event", "token", "time")  # what a kill waits for
+_MOMENTS = ("asked", "told", "event", "token", "granted", "answered", "time")  # what a kill waits for
 _US = 1_000_000
 
 
@@ -75,6 +76,8 @@ class Witness(SoftwareNode):
             refused = self.entries[-1].path.startswith("edgewarden/refused")
             entry = model_entry("m", "1", "model.onnx", MODEL)
             self.entries.append(entry if refused else refused_entry("m", "1", "model.onnx", digest("other")))
+        clock = self.attester.clock
+        self.attester.clock = replace(clock, clock=clock.clock + 1)
         self._burn("asked")
         return super().evidence(nonce, start, **claims)
 
@@ -119,89 +122,123 @@ def config(request, tmp_path):
     return controller_home(tmp_path, VENDOR.pem(), *options, poll=poll)
 
 
-@contextlib.asynccontextmanager
-async def serving(nodes: list[Witness]) -> AsyncIterator[None]:
-    runners = [await node.serve() for node in nodes]
-    try:
-        yield
-    finally:
-        for runner in runners:
-            await runner.cleanup()
+@dataclass
+class Trial:
+    """A controller that is killed, its nodes, and what it has acknowledged.
 
+    Attributes:
+        nodes: those whose enrolment was granted; the first pushes, the others are polled.
+        tokens: ids of the join tokens that were given.
+    """
 
-async def make_tokens(office: Desk, fuse: Fuse, known: set[str]) -> None:
-    """Make join tokens until the controller is gone; ``known`` gets those that were acknowledged."""
-    with contextlib.suppress(aiohttp.ClientError):
+    config: Path
+    stack: contextlib.AsyncExitStack
+    controller: ControllerProcess
+    fuse: Fuse
+    chance: random.Random
+    nodes: list[Witness] = field(default_factory=list)
+    tokens: set[str] = field(default_factory=set)
+    _begun: int = 0
+
+    async def live(self) -> None:
+        """Let the controller work until the fuse has burnt; meanwhile a node enrols, another pushes, and tokens are made."""
+        what = self.chance.choice(_MOMENTS)
+        self.fuse.lit(what, 1 if what == "granted" else self.chance.randint(1, 3 * NODES))
+        wait_s = self.chance.uniform(0.1, 3)
+        print("kill at", what, self.fuse.left, wait_s)  # noqa: T201 -- a simulation prints what it does
+        if what == "time":
+            asyncio.get_running_loop().call_later(wait_s, self.controller.kill)
+        async with access(self.config, self.controller.url) as office:
+            work = (self.enrol(office), self.push(office), self.make_tokens(office))
+            ends = await asyncio.gather(*work, return_exceptions=True)
+        assert all(end is None or isinstance(end, aiohttp.ClientError) for end in ends), ends
+
+    async def enrol(self, office: Desk) -> None:
+        number, self._begun = self._begun, self._begun + 1
+        chance = random.Random(SEED + number)  # noqa: S311 -- of its own, so that the kills are the same in each run
+        node = Witness(id=f"edge-{number}", vendor=VENDOR, chance=chance, fuse=self.fuse)
+        runner = await node.serve()
+        self.stack.push_async_callback(runner.cleanup)
+        token = await self.make_token(office)
+        await node.enrol(office.anyone, office.url, token, mode="pull" if self.nodes else "push")
+        self.nodes.append(node)
+        self.fuse.burn("granted")
+
+    async def make_token(self, office: Desk) -> JoinToken:
+        token = await office.token()
+        self.tokens.add(token.id)
+        self.fuse.burn("token")
+        return token
+
+    async def make_tokens(self, office: Desk) -> None:
         while True:
-            known.add((await office.token()).id)
-            fuse.burn("token")
+            await self.make_token(office)
             await asyncio.sleep(0.02)
+
+    async def push(self, office: Desk) -> None:
+        node = self.nodes[0]
+        while True:
+            challenge = await self._post(office, CHALLENGE_PATH, ChallengeRequest(node=node.id))
+            evidence = node.evidence(bytes.fromhex(challenge["nonce"]), challenge["from"])
+            pushed = PushedEvidence(node=node.id, nonce=challenge["nonce"], evidence=evidence, csr=node.csr())
+            node.results.append((await self._post(office, EVIDENCE_PATH, pushed))["result"])
+            self.fuse.burn("answered")
+            await asyncio.sleep(0.1)
+
+    async def _post(self, office: Desk, path: str, message: ChallengeRequest | PushedEvidence) -> Any:
+        async with office.anyone.post(office.url + path, data=message.encode()) as answer:
+            assert answer.status == 200, await answer.text()
+            return await answer.json()
+
+    async def check(self, receiver: Receiver | None = None) -> None:
+        """Look into the books while no controller runs; with a receiver whether it got all."""
+        database = await Database.open(load(self.config).database)
+        try:
+            await check_books(database, self.nodes, self.tokens)
+            if receiver is not None:
+                await check_events(database, receiver)
+            await end_leases(database)
+        finally:
+            await database.close()
 
 
 async def test_what_was_told_is_kept(config):
-    """A controller that is killed in the middle of its work loses no result that a node was told, no token, no record and no event; polling goes on."""
+    """A controller that is killed in the middle of its work loses no result that a node was told, no grant, token, record or event; polling goes on."""
     print("seed", SEED)  # noqa: T201 -- a simulation prints its seed
-    chance = random.Random(SEED)  # noqa: S311 -- moments of a kill, nothing secret
     controller = ControllerProcess(config)
     fuse = Fuse(controller)
-    nodes = [
-        # Each with chances of its own, so that the kills are the same in each run.
-        Witness(id=f"edge-{number}", vendor=VENDOR, chance=random.Random(SEED + number), fuse=fuse)  # noqa: S311 -- as above
-        for number in range(NODES)
-    ]
-    given: set[str] = set()
-    async with Hearer(fuse=fuse).serving() as receiver, serving(nodes), controller:
+    async with contextlib.AsyncExitStack() as stack:
+        chance = random.Random(SEED)  # noqa: S311 -- moments of a kill, nothing secret
+        trial = Trial(config, stack, controller, fuse, chance)
+        receiver = await stack.enter_async_context(Hearer(fuse=fuse).serving())
+        await stack.enter_async_context(controller)
         async with access(config, controller.url) as office:
             await office.approve()
             await office.call("POST", "/v1/hooks", {"url": receiver.url}, expect=201)
-            for node in nodes:
-                token = await office.token()
-                given.add(token.id)
-                await node.enrol(office.anyone, office.url, token)
+            for _ in range(NODES):
+                await trial.enrol(office)
         for _ in range(KILLS):
-            await live(config, controller, fuse, chance, given)
+            await trial.live()
             assert await controller.wait() == -9
-            async with store(config) as database:
-                await check_books(database, nodes, given)
-                await end_leases(database)
+            await trial.check()
             await controller.start()
-        for node in nodes:
+        for node in trial.nodes:
             node.restless = False
-        before = [len(node.results) for node in nodes]
+        before = {node.id: len(node.results) for node in trial.nodes[1:]}
 
         async def all_told_and_delivered():
-            told = all(len(node.results) >= count + 2 for node, count in zip(nodes, before, strict=True))
+            told = all(len(node.results) >= before[node.id] + 2 for node in trial.nodes[1:])
             (hook,) = await office.call("GET", "/v1/hooks")
             return told and hook["pending"] == 0
 
         async with access(config, controller.url) as office:
             await eventually(all_told_and_delivered, 60)
         await controller.stop()
-        async with store(config) as database:
-            await check_books(database, nodes, given)
-            await check_events(database, receiver)
-
-
-async def live(config: Path, controller: ControllerProcess, fuse: Fuse, chance: random.Random, given: set[str]) -> None:
-    """Let the controller work until its fuse has burnt."""
-    what = chance.choice(_MOMENTS)
-    fuse.lit(what, chance.randint(1, 3 * NODES))
-    print("kill at", fuse.left, what)  # noqa: T201 -- as above
-    async with access(config, controller.url) as office:
-        if what == "time":
-            await asyncio.sleep(chance.uniform(0.1, 3))
-            controller.kill()
-        await make_tokens(office, fuse, given)
-
-
-@contextlib.asynccontextmanager
-async def store(config: Path) -> AsyncIterator[Database]:
-    """The database, while no controller runs."""
-    database = await Database.open(load(config).database)
-    try:
-        yield database
-    finally:
-        await database.close()
+        await trial.check(receiver)
+        # It was about something: results changed, in each way of being told, and new nodes came.
+        told = [result.status for node in trial.nodes for result in node.told()]
+        assert min(told.count("affirming"), told.count("warning")) > KILLS
+        assert len(trial.nodes) > NODES
 
 
 async def end_leases(database: Database) -> None:
