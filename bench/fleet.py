@@ -40,7 +40,7 @@ from tests.support.controller_service import APPROVAL, admin_context, controller
 from tests.support.postgres import PostgresServer, binaries, postgres_server
 from tests.support.software_node import SoftwareNode, Vendor
 
-__all__ = ["SIZES", "Figures", "measure", "report"]
+__all__ = ["INTERVAL_S", "SIZES", "Figures", "measure", "report"]
 
 SIZES = (1_000, 10_000)
 INTERVAL_S = 60

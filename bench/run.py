@@ -7,7 +7,8 @@ Rules:
 2. One core serves, the other loads (``bench/servers.py``).
 3. What the bench changes of a shipped node: the default limit's numbers and the policy deadlines, so that neither binds. Nothing else.
 
-``--quick`` takes about two minutes, the full run about fifteen. ``--only`` takes some of the sections.
+``--quick`` takes about two minutes, the full run about fifteen. ``--only`` takes some of the sections; ``fleet``, which takes half an hour,
+runs only when it is named.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import appraisal, loading
+from bench import appraisal, fleet, loading
 from bench.machine import describe, steal_share
 from bench.servers import LOAD_CORE, BareServer, NodeServer, Round, Server, cpu_ns, load, pinned
 from bench.workloads import Workload, write_workloads
@@ -276,20 +277,29 @@ def appraisals(effort: Effort) -> None:
     appraisal.report(effort.rounds)
 
 
+def fleets(effort: Effort) -> None:
+    """A controller under load."""
+    fleet.report(fleet.SIZES[:1] if effort is QUICK else fleet.SIZES, 2.0 * fleet.INTERVAL_S)
+
+
 SECTIONS: Mapping[str, Callable[[Effort], None]] = {
     "inference": inference,
     "decisions": decisions,
     "loading": package_load,
     "footprint": footprint,
     "appraisal": appraisals,
+    "fleet": fleets,
 }
+ON_DEMAND = ("fleet",)  # takes half an hour
 
 
 def main() -> None:
     """Run the sections and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument(
+        "--only", nargs="+", choices=list(SECTIONS), default=[name for name in SECTIONS if name not in ON_DEMAND]
+    )
     arguments = parser.parse_args()
     shutil.rmtree(HOME, ignore_errors=True)
     HOME.mkdir(parents=True)
