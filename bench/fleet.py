@@ -277,7 +277,7 @@ def measure(count: int, seconds: float) -> list[Figures]:
             "url": f"https://localhost:{_PORT}",
             "metrics": {"listen": f"127.0.0.1:{_METRICS_PORT}"},
             "enrolment": {"ek_roots": ["vendor.pem"], "per_minute": 100_000},
-            "poll": {"interval_s": INTERVAL_S},
+            "poll": {"interval_s": 86_400},  # while they join, nobody is polled
             "log_level": "error",
         }
         config = controller_home(Path(folder), b"", "--database", url, **settings)
