@@ -14,6 +14,7 @@ from agent.attest.result import AttestationResult
 from agent.attest.structures import ClockInfo
 from agent.identity.token import parse_jwks
 from controller.cli.node import command
+from controller.flows.polling import Poller
 from tests.support.attest import MODEL, Attester, digest
 from tests.support.controller_service import controller_home, desk, eventually
 from tests.support.software_node import SoftwareNode, Vendor
@@ -329,3 +330,23 @@ async def test_the_command_line_sets_intervals(office, config):
     assert (await office.node("edge-1"))["interval_s"] == 600
     assert (await cli("edge-1", "often")).exit_code == 2
     assert (await cli("--group", "default", "group")).exit_code == 2
+
+
+async def test_an_error_of_the_program_s_own_ends_the_replica(config, monkeypatch):
+    """It is not lost in a task: the process ends, and the service manager starts it again."""
+
+    async def broken(_self, _node):
+        raise ZeroDivisionError
+
+    async def one_life():
+        node = SoftwareNode(vendor=VENDOR)
+        async with desk(config) as office, serving(node):
+            await office.approve()
+            await node.enrol(office.anyone, office.url, await office.token())
+            monkeypatch.setattr(Poller, "poll", broken)
+            await office.call("PUT", "/v1/nodes/edge-1/interval", {"interval_s": 1})
+            await asyncio.sleep(60)
+
+    with pytest.raises(BaseExceptionGroup) as raised:
+        await one_life()
+    assert raised.group_contains(ZeroDivisionError)
