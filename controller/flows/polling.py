@@ -25,7 +25,7 @@ from agent.errors import EdgeWardenError, PeerError
 from controller.flows.appraising import Appraiser, Finding
 from controller.metrics import LAG_BUCKETS_S, Histogram
 from controller.settings import PollSettings
-from controller.store import fleet, schedule
+from controller.store import schedule
 from controller.store.database import Database, StoreError
 from controller.store.fleet import NodeRecord
 from controller.trust.authority import Authority
@@ -35,6 +35,7 @@ __all__ = ["Poller", "UnreachableError"]
 
 IDLE_S = 0.5  # between two looks for who is due
 STORE_RETRY_S = 2.0
+KEEP_ALIVE_S = 5
 _READ_BYTES = 256 * 1024
 _EVIDENCE_PATH = "/attestation/v1/evidence"
 _log = structlog.get_logger(__name__)
@@ -105,13 +106,11 @@ class Poller:
             return 1
         async with self._database.begin() as connection:
             due = await schedule.claim(connection, clock.now_us(), room)
-            records = await fleet.load(connection, [one.node for one in due])
         for one in due:
             self.counts.lag_s.observe(one.lag_us / 1e6)
-            if one.node in records:
-                task = group.create_task(self._poll_logged(records[one.node]))
-                self._running.add(task)
-                task.add_done_callback(self._running.discard)
+            task = group.create_task(self._poll_logged(one.node))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
         return len(due)
 
     async def _poll_logged(self, node: NodeRecord) -> None:
@@ -188,10 +187,13 @@ class Poller:
 
     async def _tell(self, node: NodeRecord, finding: Finding) -> None:
         body = self._appraiser.sign(finding).encode()
+        # The poll's last word; a connection that nobody needs for a minute costs both sides its buffers.
+        headers = {} if node.interval_s <= KEEP_ALIVE_S else {"Connection": "close"}
+        url = self._url(node, RESULT_PATH)
         try:
             async with (
                 asyncio.timeout(self._settings.timeout_s),
-                self._client().put(self._url(node, RESULT_PATH), data=body, allow_redirects=False) as answer,
+                self._client().put(url, data=body, headers=headers, allow_redirects=False) as answer,
             ):
                 if answer.status >= 300:  # noqa: PLR2004 -- not taken
                     _log.info("result_not_taken", node=node.id, status=answer.status)
@@ -206,7 +208,7 @@ class Poller:
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
             connector = aiohttp.TCPConnector(
-                ssl=self._context, limit=self._settings.concurrency, limit_per_host=2, keepalive_timeout=5
+                ssl=self._context, limit=self._settings.concurrency, limit_per_host=2, keepalive_timeout=KEEP_ALIVE_S
             )
             self._session = aiohttp.ClientSession(
                 connector=connector,

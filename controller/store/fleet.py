@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from sqlalchemy import Row, delete, insert, select, update
+from sqlalchemy import Row, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent.attest.appraisal import Verified
 from agent.attest.findings import Judgement
 from agent.attest.log_state import LogState
 from agent.errors import PeerError
-from controller.store.schedule import interval_of
 from controller.store.schema import challenges, groups, logs, nodes, polls, states
 
 __all__ = [
@@ -30,13 +29,19 @@ __all__ = [
     "certified",
     "check_free",
     "find",
-    "load",
+    "interval_of",
     "overtaken",
+    "record",
+    "records",
     "release",
     "row",
     "table",
     "with_state",
 ]
+
+
+interval_of = func.coalesce(nodes.c.interval_s, groups.c.interval_s).label("interval_s")
+"""A node's interval, in a query over ``nodes`` and ``groups``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,18 +127,13 @@ async def certified(connection: AsyncConnection, node: str, spki_sha256: str, un
     await connection.execute(update(nodes).where(nodes.c.id == node).values(**values))
 
 
-def _records() -> Any:  # noqa: ANN401 -- a join of many columns has no short type
+def records() -> Any:  # noqa: ANN401 -- a join of many columns has no short type
+    """Return a query for what :func:`record` reads, without the states of logs."""
     return (
         select(nodes, interval_of.label("every_s"), groups.c.version.label("group_version"), states)
         .join(groups, groups.c.name == nodes.c.group_name)
         .outerjoin(states, states.c.node == nodes.c.id)
     )
-
-
-async def load(connection: AsyncConnection, names: list[str]) -> dict[str, NodeRecord]:
-    """Return the records of nodes by name, without the states of their logs; those that are not enrolled are left out."""
-    rows = await connection.execute(_records().where(nodes.c.id.in_(names)))
-    return {row.id: _record(row) for row in rows}
 
 
 async def find(connection: AsyncConnection, node: str) -> NodeRecord:
@@ -142,13 +142,14 @@ async def find(connection: AsyncConnection, node: str) -> NodeRecord:
     Raises:
         PeerError: 404.
     """
-    found = await load(connection, [node])
-    if node not in found:
+    row = (await connection.execute(records().where(nodes.c.id == node))).one_or_none()
+    if row is None:
         raise PeerError(404, "not_enrolled", f"no node {node!r} is enrolled here")
-    return found[node]
+    return record(row)
 
 
-def _record(row: Row[Any]) -> NodeRecord:
+def record(row: Row[Any]) -> NodeRecord:
+    """Read one row of :func:`records`."""
     verified = None
     if row.log_index is not None:
         verified = Verified(

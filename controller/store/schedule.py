@@ -14,10 +14,12 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, bindparam, func, select, update
+from sqlalchemy import Row, bindparam, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent.errors import PeerError
+from controller.store import fleet
+from controller.store.fleet import NodeRecord
 from controller.store.schema import groups, nodes, polls
 
 __all__ = [
@@ -25,7 +27,6 @@ __all__ = [
     "answered",
     "claim",
     "hurry",
-    "interval_of",
     "postpone",
     "set_group_interval",
     "set_interval",
@@ -36,24 +37,20 @@ MAX_BACKOFF = 8  # times the interval, for a node that does not answer
 JITTER = 0.1  # of an interval, at most
 
 
-interval_of = func.coalesce(nodes.c.interval_s, groups.c.interval_s).label("interval_s")
-"""A node's interval, in a query over ``nodes`` and ``groups``."""
-
-
 @dataclass(frozen=True, slots=True)
 class Due:
     """A node that was claimed, and how late."""
 
-    node: str
+    node: NodeRecord
     lag_us: int
 
 
 async def claim(connection: AsyncConnection, now_us: int, limit: int) -> list[Due]:
     """Take the nodes that are due, the longest waiting first (rule 1)."""
     query = (
-        select(polls.c.node, polls.c.due_us, polls.c.failures, interval_of)
-        .join(nodes, nodes.c.id == polls.c.node)
-        .join(groups, groups.c.name == nodes.c.group_name)
+        fleet.records()
+        .join(polls, polls.c.node == nodes.c.id)
+        .add_columns(polls.c.due_us, polls.c.failures)
         .where(polls.c.due_us <= now_us)
         .order_by(polls.c.due_us)
         .limit(limit)
@@ -63,14 +60,14 @@ async def claim(connection: AsyncConnection, now_us: int, limit: int) -> list[Du
     if rows:
         await connection.execute(
             update(polls).where(polls.c.node == bindparam("who")).values(due_us=bindparam("next")),
-            [{"who": row.node, "next": _next(row, now_us)} for row in rows],
+            [{"who": row.id, "next": _next(row, now_us)} for row in rows],
         )
-    return [Due(row.node, now_us - row.due_us) for row in rows]
+    return [Due(fleet.record(row), now_us - row.due_us) for row in rows]
 
 
-def _next(row: Row[Any, Any, Any, Any], now_us: int) -> int:
+def _next(row: Row[Any], now_us: int) -> int:
     """Return when a node is due again: an interval later, more for one that does not answer, with jitter."""
-    interval_us = row.interval_s * 1_000_000
+    interval_us = row.every_s * 1_000_000
     wait_us = interval_us * min(2**row.failures, MAX_BACKOFF)
     jitter_us = secrets.randbelow(int(interval_us * JITTER) + 1)
     # From when it was due, so that a fleet stays spread; from now where a whole interval was missed.
@@ -119,7 +116,7 @@ async def set_interval(connection: AsyncConnection, node: str, interval_s: int |
     changed = await connection.execute(update(nodes).where(nodes.c.id == node).values(interval_s=interval_s))
     if changed.rowcount == 0:
         raise PeerError(404, "not_enrolled", f"no node {node!r} is enrolled here")
-    effective = select(interval_of).join(groups, groups.c.name == nodes.c.group_name).where(nodes.c.id == node)
+    effective = select(fleet.interval_of).join(groups, groups.c.name == nodes.c.group_name).where(nodes.c.id == node)
     await _spread(connection, [node], (await connection.execute(effective)).scalar_one(), now_us)
 
 
