@@ -221,7 +221,7 @@ def shown_node(row: dict[str, Any]) -> ShownNode:
         appraised=time_of(row["appraised_us"]),
         since=time_of(row["since_us"]),
         checks=msgspec.json.decode(row["checks"] or "[]", type=tuple[CheckResult, ...]),
-        contact=time_of(row["contact_us"]),
+        contact=time_of(max(row["contact_us"] or 0, row["appraised_us"] or 0)),
         error=row["error"] or "",
         reference_version=row["version"] or 0,
         log_entries=row["log_index"] or 0,

@@ -24,6 +24,7 @@ from agent.attest.result import AttestationResult, CheckResult
 from controller import __version__
 from controller.metrics import Figures
 from controller.store import audit, fleet, outbox, references, results, schedule
+from controller.store.database import Database
 from controller.store.fleet import NodeRecord
 from controller.store.results import Appraised
 from controller.trust.authority import Authority
@@ -148,6 +149,17 @@ class Appraiser:
             withdrawn=_withdrawn(reference),
         )
         return Finding(appraised, appraisal, result)
+
+    async def keep_same(self, database: Database, finding: Finding) -> bool:
+        """Keep an appraisal of a node that was reached before and shows what it showed then, at the least cost.
+
+        Returns:
+            False where anything is news: nothing was written, and :meth:`keep` is due.
+        """
+        if finding.appraised.before.failures:
+            return False
+        async with database.alone() as connection:
+            return await results.refresh(connection, finding.appraised)
 
     async def keep(self, connection: AsyncConnection, finding: Finding) -> None:
         """Write an appraisal in the caller's transaction."""

@@ -232,7 +232,7 @@ class Joining:
         finding = await self.appraiser.appraise(self.database.begin, node, evidence, nonce, spki)
         issued = None
         async with self.database.begin() as connection:
-            await schedule.answered(connection, [node.id], now_us)
+            await schedule.answered(connection, node.id, now_us)
             if node.mode == "push":
                 await schedule.postpone(connection, node.id, now_us + 2 * node.interval_s * 1_000_000)
             await self.appraiser.keep(connection, finding)

@@ -135,12 +135,15 @@ class Poller:
         finding = await self._ask(node, start)
         if start and finding.appraisal.failed is not None and finding.appraisal.failed.name == "log-replay":
             finding = await self._ask(node, 0)  # a new boot's log, or a broken one: the whole log tells which
-        async with self._database.begin() as connection:
-            await schedule.answered(connection, [node.id], clock.now_us())
-            if not finding.appraisal.retry:  # nobody's fault, and no news: the last result goes on ageing
+        if finding.appraisal.retry:  # nobody's fault, and no news: the last result goes on ageing
+            async with self._database.begin() as connection:
+                await schedule.answered(connection, node.id, clock.now_us())
+            return finding
+        if not await self._appraiser.keep_same(self._database, finding):
+            async with self._database.begin() as connection:
+                await schedule.answered(connection, node.id, clock.now_us())
                 await self._appraiser.keep(connection, finding)
-        if not finding.appraisal.retry:
-            await self._tell(node, finding)
+        await self._tell(node, finding)
         return finding
 
     async def _ask(self, node: NodeRecord, start: int) -> Finding:

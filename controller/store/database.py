@@ -50,6 +50,7 @@ class Database:
 
     def __init__(self, engine: AsyncEngine, lock: int | None) -> None:
         self._engine = engine
+        self._by_statement = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._lock = lock
         self._turn = asyncio.Lock() if engine.dialect.name == "sqlite" else contextlib.nullcontext()
         self.is_sqlite = engine.dialect.name == "sqlite"
@@ -106,9 +107,23 @@ class Database:
         Raises:
             StoreError: the database failed.
         """
+        async with self._errors(), self._turn, self._engine.begin() as connection:
+            yield connection
+
+    @contextlib.asynccontextmanager
+    async def alone(self) -> AsyncIterator[AsyncConnection]:
+        """Hold a connection on which each statement is a transaction by itself: two ways to the database less.
+
+        Raises:
+            StoreError: the database failed.
+        """
+        async with self._errors(), self._turn, self._by_statement.connect() as connection:
+            yield connection
+
+    @contextlib.asynccontextmanager
+    async def _errors(self) -> AsyncIterator[None]:
         try:
-            async with self._turn, self._engine.begin() as connection:
-                yield connection
+            yield
         except (DBAPIError, asyncpg.PostgresError, OSError, TimeoutError) as error:
             self.errors += 1
             if (

@@ -77,6 +77,7 @@ class NodeRecord:
     status: str | None
     checks: str | None
     nonce: str | None  # of the last appraisal
+    failures: int  # polls since it was reached
 
 
 async def add(connection: AsyncConnection, node: NewNode, now_us: int) -> None:
@@ -130,8 +131,16 @@ async def certified(connection: AsyncConnection, node: str, spki_sha256: str, un
 def records() -> Any:  # noqa: ANN401 -- a join of many columns has no short type
     """Return a query for what :func:`record` reads, without the states of logs."""
     return (
-        select(nodes, interval_of.label("every_s"), groups.c.version.label("group_version"), states)
+        select(
+            nodes,
+            interval_of.label("every_s"),
+            groups.c.version.label("group_version"),
+            polls.c.due_us,
+            polls.c.failures,
+            states,
+        )
         .join(groups, groups.c.name == nodes.c.group_name)
+        .join(polls, polls.c.node == nodes.c.id)
         .outerjoin(states, states.c.node == nodes.c.id)
     )
 
@@ -175,6 +184,7 @@ def record(row: Row[Any]) -> NodeRecord:
         status=row.status,
         checks=row.checks,
         nonce=row.nonce,
+        failures=row.failures,
     )
 
 

@@ -10,11 +10,12 @@ Rules:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
-from sqlalchemy import BigInteger, ColumnElement, insert, select, true, tuple_, update
+from sqlalchemy import BigInteger, ColumnElement, Update, bindparam, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent.attest.appraisal import Verified
@@ -22,7 +23,7 @@ from agent.attest.log_state import LogState
 from controller.store.fleet import NodeRecord, overtaken
 from controller.store.schema import logs, results, states
 
-__all__ = ["Appraised", "history", "save"]
+__all__ = ["Appraised", "history", "refresh", "save"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,9 @@ async def save(connection: AsyncConnection, found: Appraised) -> Appraised:
     before, verified = found.before, found.verified
     if before.status is None:
         await connection.execute(insert(states).values(node=before.id, since_us=found.at_us, **_columns(found)))
-    elif not await _update(connection, found, states.c.nonce == before.nonce):
+    elif not await _update(connection, found, guarded=True):
         found = await _on_top(connection, found)
-        await _update(connection, found, true())
+        await _update(connection, found, guarded=False)
     if verified is not None and verified.state is not None:
         await _save_log(connection, before, verified.state)
     if found.changed:
@@ -77,10 +78,30 @@ async def save(connection: AsyncConnection, found: Appraised) -> Appraised:
     return found
 
 
-async def _update(connection: AsyncConnection, found: Appraised, only: ColumnElement[bool]) -> bool:
+async def refresh(connection: AsyncConnection, found: Appraised) -> bool:
+    """Keep an appraisal that found what the last one found, by one statement, which is a transaction by itself.
+
+    Returns:
+        False where it did not, or another was kept meanwhile: nothing was written, and :func:`save` is due.
+    """
+    grown = found.verified is not None and found.verified.state is not None
+    return not grown and not found.changed and await _update(connection, found, guarded=True)
+
+
+async def _update(connection: AsyncConnection, found: Appraised, *, guarded: bool) -> bool:
+    """Write the state; guarded: only if what the appraisal began with is still what is kept."""
     values = _columns(found) | ({"since_us": found.at_us} if found.changed else {})
-    changed = await connection.execute(update(states).where(states.c.node == found.before.id, only).values(**values))
+    where = {"of_node": found.before.id} | ({"of_nonce": found.before.nonce} if guarded else {})
+    changed = await connection.execute(_statement(tuple(values), guarded=guarded), values | where)
     return changed.rowcount > 0
+
+
+@functools.cache  # the making of a statement takes longer than its execution
+def _statement(columns: tuple[str, ...], *, guarded: bool) -> Update:
+    where = [states.c.node == bindparam("of_node")]
+    if guarded:
+        where.append(states.c.nonce == bindparam("of_nonce"))
+    return update(states).where(*where).values({name: bindparam(name) for name in columns})
 
 
 async def _on_top(connection: AsyncConnection, found: Appraised) -> Appraised:

@@ -37,6 +37,16 @@ MAX_BACKOFF = 8  # times the interval, for a node that does not answer
 JITTER = 0.1  # of an interval, at most
 
 
+_DUE = (
+    fleet.records()
+    .where(polls.c.due_us <= bindparam("now"))
+    .order_by(polls.c.due_us)
+    .limit(bindparam("most"))
+    .with_for_update(skip_locked=True, of=polls)
+)
+_MOVE = update(polls).where(polls.c.node == bindparam("who")).values(due_us=bindparam("next"))
+
+
 @dataclass(frozen=True, slots=True)
 class Due:
     """A node that was claimed, and how late."""
@@ -47,19 +57,10 @@ class Due:
 
 async def claim(connection: AsyncConnection, now_us: int, limit: int) -> list[Due]:
     """Take the nodes that are due, the longest waiting first (rule 1)."""
-    query = (
-        fleet.records()
-        .join(polls, polls.c.node == nodes.c.id)
-        .add_columns(polls.c.due_us, polls.c.failures)
-        .where(polls.c.due_us <= now_us)
-        .order_by(polls.c.due_us)
-        .limit(limit)
-        .with_for_update(skip_locked=True, of=polls)
-    )
-    rows = (await connection.execute(query)).all()
+    rows = (await connection.execute(_DUE, {"now": now_us, "most": limit})).all()
     if rows:
         await connection.execute(
-            update(polls).where(polls.c.node == bindparam("who")).values(due_us=bindparam("next")),
+            _MOVE,
             [{"who": row.id, "next": _next(row, now_us)} for row in rows],
         )
     return [Due(fleet.record(row), now_us - row.due_us) for row in rows]
@@ -88,12 +89,10 @@ async def postpone(connection: AsyncConnection, node: str, due_us: int) -> None:
     await connection.execute(update(polls).where(polls.c.node == node).values(due_us=due_us))
 
 
-async def answered(connection: AsyncConnection, who: list[str], now_us: int) -> None:
-    """Note that nodes were reached, whatever they said."""
-    await connection.execute(
-        update(polls).where(polls.c.node == bindparam("who")).values(failures=0, contact_us=now_us, error=None),
-        [{"who": node} for node in who],
-    )
+async def answered(connection: AsyncConnection, node: str, now_us: int) -> None:
+    """Note that a node was reached, whatever it said. One whose appraisal is kept, and that was reached before, needs no such note."""
+    mine = update(polls).where(polls.c.node == node)
+    await connection.execute(mine.values(failures=0, contact_us=now_us, error=None))
 
 
 async def silent(connection: AsyncConnection, node: str, error: str) -> bool:
@@ -137,6 +136,6 @@ async def _spread(connection: AsyncConnection, names: list[str], interval_s: int
     """Make nodes due within an interval from now, each at a moment of its own."""
     if names:
         await connection.execute(
-            update(polls).where(polls.c.node == bindparam("who")).values(due_us=bindparam("next")),
+            _MOVE,
             [{"who": name, "next": now_us + secrets.randbelow(interval_s * 1_000_000)} for name in names],
         )

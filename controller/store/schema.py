@@ -97,7 +97,7 @@ polls = Table(
     _node(),
     Column("due_us", BigInteger, nullable=False, index=True),
     Column("failures", Integer, nullable=False),
-    Column("contact_us", BigInteger),  # last time the node answered
+    Column("contact_us", BigInteger),  # last time the node answered, where that is later than its last appraisal
     Column("error", Text),  # why it does not, since then
 )
 
