@@ -112,13 +112,17 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def alone(self) -> AsyncIterator[AsyncConnection]:
-        """Hold a connection on which each statement is a transaction by itself: two ways to the database less.
+        """Hold a connection for one statement, which is a transaction by itself: two ways to PostgreSQL less.
 
         Raises:
             StoreError: the database failed.
         """
-        async with self._errors(), self._turn, self._by_statement.connect() as connection:
-            yield connection
+        if self.is_sqlite:  # a way to a file is short, and a transaction begins there in a way of our own
+            async with self.begin() as connection:
+                yield connection
+        else:
+            async with self._errors(), self._by_statement.connect() as connection:
+                yield connection
 
     @contextlib.asynccontextmanager
     async def _errors(self) -> AsyncIterator[None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, func, select, text
+from sqlalchemy import Connection, func, insert, select, text
 
 from agent.errors import HostError
 from controller.settings import DatabaseSettings
@@ -127,3 +127,17 @@ async def test_missing_directory_is_a_store_error(tmp_path: Path) -> None:
     """A SQLite file in a directory that is not there is a StoreError that names it."""
     with pytest.raises(StoreError, match=r"absent/controller\.db: No such file"):
         await Database.open(sqlite_settings(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_a_statement_alone_is_durable(kind, request, tmp_path):
+    """Without a transaction around it, it is there for another connection, and after the first one has ended."""
+    url = request.getfixturevalue("postgres_url") if kind == "postgresql" else f"sqlite+aiosqlite:///{tmp_path}/c.db"
+    database = await Database.open(DatabaseSettings(url=url))
+    async with database.alone() as connection:
+        await connection.execute(insert(groups).values(name="g", interval_s=1, version=0))
+    await database.close()
+    database = await Database.open(DatabaseSettings(url=url))
+    async with database.begin() as connection:
+        assert (await connection.execute(select(groups.c.name))).scalars().all() == ["g"]
+    await database.close()
