@@ -13,13 +13,14 @@ import click
 
 from agent.cli import admin
 from agent.config import DEFAULT_CONFIG, load
-from agent.errors import HostError, VerificationError
+from agent.errors import HostError, PolicyError, VerificationError
 
 __all__ = ["enrol", "leave", "status"]
 
 MAX_TOKEN_FILE_BYTES = 4096
 _ENROL_TIMEOUT_S = 600.0  # a discrete TPM makes several keys
 _HTTP_OK = 200
+_HTTP_DENIED = 403
 _HTTP_REFUSED = frozenset({409, 422})
 
 _socket_option = click.option(
@@ -105,6 +106,8 @@ def _ask(
     if code == _HTTP_OK:
         return answer
     words = str(answer.get("error", "no reason given"))
+    if code == _HTTP_DENIED:
+        raise PolicyError(words)
     if code in _HTTP_REFUSED:
         raise VerificationError("enrolment", words)
     raise HostError(f"the agent answered {code}: {words}")
