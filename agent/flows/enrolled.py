@@ -291,9 +291,12 @@ class EnrolmentStore:
     def _read(self, name: str) -> bytes | None:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe in a file's place is not waited for
         try:
-            with os.fdopen(os.open(self._directory / name, flags), "rb") as file:
-                mode = os.fstat(file.fileno()).st_mode
-                data = file.read(MAX_FILE_BYTES + 1) if stat.S_ISREG(mode) else b""
+            fd = os.open(self._directory / name, flags)
+            try:
+                mode = os.fstat(fd).st_mode
+                data = os.read(fd, MAX_FILE_BYTES + 1) if stat.S_ISREG(mode) else b""
+            finally:
+                os.close(fd)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -310,7 +313,8 @@ class EnrolmentStore:
         fresh = self._fresh(name)
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            fresh.unlink(missing_ok=True)  # what a crash left might be open to others
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             with os.fdopen(os.open(fresh, flags, 0o600), "wb") as file:
                 file.write(data)
                 file.flush()
