@@ -128,12 +128,14 @@ class Identity:
             raise VerificationError(_CHECK, f"the node's certificate: {error}") from error
         if uris != [f"spiffe://{enrolment.trust_domain}/node/{enrolment.node}"]:
             raise VerificationError(_CHECK, "the certificate is not for this node")
-        # 2. They load: the key is the certificate's, the CA's certificates are some.
-        ca_context(ca, certificate, key)
+        # 2. The key is the certificate's, the CA's certificates are some, and TLS takes them all.
+        if public_spki_sha256(key) != digest:
+            raise VerificationError(_CHECK, "the node's key is not the one in its certificate")
         try:
             ca_until = max(root.not_valid_after_utc.timestamp() for root in x509.load_pem_x509_certificates(ca))
         except _NO_CERTIFICATE as error:
             raise VerificationError(_CHECK, f"the controller's CA: {error}") from error
+        ca_context(ca, certificate, key)
         # 3. The controller's keys.
         try:
             keys = parse_jwks(enrolment.jwks.encode())
