@@ -186,8 +186,11 @@ def test_a_node_that_is_killed_while_it_enrols_is_enrolled_or_not(template, tmp_
     """It starts in the old state or in the new, never in between, and can be enrolled in the end."""
     with running(template, tmp_path) as (node, _):
 
+        agent = node.process
+        assert agent is not None
+
         def end():
-            os.kill(node.process.pid, signal.SIGKILL)
+            os.kill(agent.pid, signal.SIGKILL)
 
         async def handler(request):
             second = request.path != ENROL_PATH
@@ -219,7 +222,7 @@ def test_a_node_that_is_killed_while_it_enrols_is_enrolled_or_not(template, tmp_
         if moment == "record":
             wait_until("it is enrolled", (node.root / "state" / "controller" / "enrolment.json").exists)
             end()
-        node.process.wait(30)
+        agent.wait(30)
         node.process = None
         _, complaint = asking.communicate(timeout=60)
         assert "Traceback" not in complaint

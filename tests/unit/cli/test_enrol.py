@@ -110,3 +110,16 @@ def test_json_is_what_the_agent_said():
         shown = ask(leave, path, "--json")
     assert json.loads(shown.output) == NOT_ENROLLED
     assert asked[0].startswith(b"DELETE /admin/v1/enrolment ")
+
+
+def test_nothing_that_a_controller_said_moves_the_terminal():
+    """Neither in a status nor in a refusal."""
+    escape = "\x1b[2J\r"
+    check = {"name": f"a{escape}", "outcome": f"b{escape}", "words": f"c{escape}"}
+    said = STATUS | {"checks": [check], "push_failure": f"encoding: {escape}", "why": escape}
+    with answering(reply(200, said)) as (path, _):
+        shown = ask(status, path)
+    assert (shown.exit_code, "\x1b" in shown.output, "\r" in shown.output) == (0, False, False)
+    with answering(reply(502, {"error": f"refused: {escape}"})) as (path, _):
+        shown = ask(leave, path)
+    assert str(shown.exception).endswith("refused: ?[2J?")
