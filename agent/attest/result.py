@@ -21,11 +21,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from agent.attest.evidence import HexDigest
 from agent.errors import VerificationError
 
-__all__ = ["EAT_PROFILE", "MAX_RESULT_BYTES", "MAX_WITHDRAWN", "AttestationResult", "CheckResult", "Tier"]
+__all__ = ["EAT_PROFILE", "MAX_RESULT_BYTES", "MAX_TIME_S", "MAX_WITHDRAWN", "AttestationResult", "CheckResult", "Tier"]
 
 EAT_PROFILE: Final = "tag:ietf.org,2026:rats/ear#04"
 MAX_RESULT_BYTES = 512 * 1024
 MAX_WITHDRAWN = 4096  # digests
+MAX_TIME_S = 253_402_300_799  # the last second of the year 9999, beyond which a time has no text
 _ALGORITHM = "ES256"
 _CHECK = "result"
 
@@ -63,7 +64,7 @@ class _VerifierId(msgspec.Struct, frozen=True):
 
 class _Claims(msgspec.Struct, frozen=True):
     eat_profile: Literal["tag:ietf.org,2026:rats/ear#04"]
-    iat: Annotated[int, msgspec.Meta(ge=0)]
+    iat: Annotated[int, msgspec.Meta(ge=0, le=MAX_TIME_S)]
     eat_nonce: HexDigest
     ear_verifier_id: _VerifierId
     submods: Annotated[dict[str, _Appraisal], msgspec.Meta(min_length=1, max_length=1)]
@@ -144,7 +145,7 @@ class AttestationResult(msgspec.Struct, frozen=True, kw_only=True):
             )["payload"]
             # 3. The shape.
             claims = msgspec.convert(body, _Claims)
-        except (jwt.PyJWTError, ValueError) as error:
+        except (jwt.PyJWTError, ValueError, RecursionError) as error:
             raise VerificationError(_CHECK, f"not an Attestation Result: {error}") from error
         # 4. About this node.
         ((name, appraisal),) = claims.submods.items()

@@ -1,6 +1,7 @@
 """``edgewarden attest enrol|status|leave``: a running node and its controller, and a way out for one that does not run.
 
 The join token comes from a file or from standard input, never as an argument: every user of the machine can read arguments.
+What a controller said is shown without what could move a terminal.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import click
 
 from agent.cli import admin
 from agent.config import DEFAULT_CONFIG, load
-from agent.errors import HostError, VerificationError
+from agent.errors import HostError, PolicyError, VerificationError
 
 __all__ = ["enrol", "leave", "status"]
 
 MAX_TOKEN_FILE_BYTES = 4096
 _ENROL_TIMEOUT_S = 600.0  # a discrete TPM makes several keys
 _HTTP_OK = 200
+_HTTP_DENIED = 403
 _HTTP_REFUSED = frozenset({409, 422})
 
 _socket_option = click.option(
@@ -104,7 +106,9 @@ def _ask(
     code, answer = admin.request(socket_path, method, path, body, "application/json", timeout_s=timeout_s)
     if code == _HTTP_OK:
         return answer
-    words = str(answer.get("error", "no reason given"))
+    words = _printable(answer.get("error", "no reason given"))
+    if code == _HTTP_DENIED:
+        raise PolicyError(words)
     if code in _HTTP_REFUSED:
         raise VerificationError("enrolment", words)
     raise HostError(f"the agent answered {code}: {words}")
@@ -128,9 +132,13 @@ def _show(answer: dict[str, Any], as_json: bool) -> None:
         if value is False:
             click.echo(f"{name:<12} no")
         elif value:
-            click.echo(f"{name:<12} {value}")
+            click.echo(f"{name:<12} {_printable(value)}")
     for check in answer.get("checks", []):
-        click.echo(f"  {check['name']:<17} {check['outcome']:<8} {check['words']}".rstrip())
+        click.echo(_printable(f"  {check['name']:<17} {check['outcome']:<8} {check['words']}").rstrip())
+
+
+def _printable(text: object) -> str:
+    return "".join(char if char.isprintable() else "?" for char in str(text))
 
 
 def _result(answer: dict[str, Any]) -> str:

@@ -4,7 +4,9 @@ Rules:
 
 1. One enrolment at a time, and none while there is one. What takes part in it begins only after it is on the disk, and ends before it is forgotten.
 2. A node that is enrolled listens for its controller where a control listener is configured without certificates of its own, and pushes in mode push.
-3. Enrolling and leaving are recorded with their outcome.
+3. Enrolling and leaving are recorded with their outcome, and take effect only when they are: an enrolment whose record fails is forgotten
+   again, and who can't record that the node left stays.
+4. A leaving that fails leaves the node as it was: it goes on to speak to its controller.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from agent.attest.evidence import Evidence
 from agent.attest.tpm_thread import TpmThread
 from agent.config import ControlSettings, split_listen
 from agent.daemon.control import ControlListener
-from agent.errors import EdgeWardenError, PeerError
+from agent.errors import AuditError, EdgeWardenError, HostError, PeerError
 from agent.flows.controller import controller_origin
 from agent.flows.enrolled import EnrolmentStore, Identity, Mode
 from agent.flows.enrolment import EnrolmentFlow, EnrolOrder
@@ -129,20 +131,25 @@ class Membership:
                 url = self._identity.enrolment.url
                 raise PeerError(409, "enrolled", f"this node is enrolled at {url}: leave first")
             token = JoinToken.parse(order.token)
+            origin, _, _ = controller_origin(token.url)  # before it is told or recorded: an address may hold a password
             mode, address = self._mode(order)
             try:
                 enrolled = await EnrolmentFlow(self._node, self._tpm, self._store, self._hooks.collect).run(
                     token, mode, address
                 )
             except EdgeWardenError as error:
-                _log.warning("enrolment_failed", url=token.url, error=str(error))
-                await self._record("node.enrol", principal, token.url, error=str(error))
+                _log.warning("enrolment_failed", url=origin, error=str(error))
+                await self._record("node.enrol", principal, origin, error=str(error))
+                raise
+            try:
+                await self._record("node.enrol", principal, origin, mode=mode, trust=enrolled.result.status)
+            except AuditError:
+                await asyncio.to_thread(self._store.forget)
                 raise
             self._identity = enrolled.identity
             self.trust.begin(enrolled.identity, enrolled.jwt, fresh=True)
-            await self._record("node.enrol", principal, token.url, mode=mode, trust=enrolled.result.status)
             await self._begin(enrolled.identity)
-            _log.info("enrolled", url=token.url, mode=mode, trust=enrolled.result.status)
+            _log.info("enrolled", url=origin, mode=mode, trust=enrolled.result.status)
             return self.status()
 
     def _mode(self, order: EnrolOrder) -> tuple[Mode, str | None]:
@@ -180,12 +187,18 @@ class Membership:
             identity = self._identity
             if identity is None:
                 raise PeerError(409, "not_enrolled", "this node is not enrolled")
+            url = controller_origin(identity.enrolment.url)[0]
+            await self._record("node.leave", principal, url)
             await self.stop()
-            await asyncio.to_thread(self._store.forget)
+            try:
+                await asyncio.to_thread(self._store.forget)
+            except HostError as error:
+                await self._begin(self._identity or identity)  # which was renewed meanwhile, perhaps
+                await self._record("node.leave", principal, url, error=str(error))
+                raise
             self._identity = None
             self.trust.end()
-            await self._record("node.leave", principal, identity.enrolment.url)
-            _log.warning("enrolment_left", url=identity.enrolment.url, by=principal.id)
+            _log.warning("enrolment_left", url=url, by=principal.id)
             return self.status()
 
     async def _record(self, kind: str, principal: Principal, url: str, *, error: str = "", **detail: str) -> None:
@@ -198,7 +211,7 @@ class Membership:
                 principal_kind=principal.kind,
                 action=kind.partition(".")[2],
                 error=error[:MAX_ERROR_CHARS],
-                detail={"controller": controller_origin(url)[0], **detail},
+                detail={"controller": url, **detail},
             )
         )
 

@@ -211,7 +211,7 @@ def _refusal(body: bytes) -> str:
     """Return the controller's words, as far as they may stand in a log."""
     try:
         text = msgspec.json.decode(body, type=_Refusal).error
-    except ValueError:
+    except (ValueError, RecursionError):  # brackets nested without end
         return "no reason given"
     return "".join(char if char.isprintable() else "?" for char in text[:MAX_REFUSAL_CHARS]) or "no reason given"
 

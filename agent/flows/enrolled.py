@@ -5,14 +5,15 @@ Rules:
 1. ``key.pem`` (0600) is on the disk before anyone hears of the key. ``enrolment.json`` comes last and goes first: where it is, the node is
    enrolled, and everything else is there; a crash leaves one or the other.
 2. Each file is whole on the disk before it takes its name.
-3. What is read back is checked as when it came: a key, a certificate for this key, keys of the controller. An enrolment that can't be read
-   is an error and not "not enrolled": that would be trusted more.
+3. What is read back is checked as when it came: a key that nobody else could read, a certificate for this key, keys of the controller. An
+   enrolment that can't be read is an error and not "not enrolled": that would be trusted more. The error says how to get out of it.
+4. Dates stop no start: the certificate renews itself, and a CA that has ended shows as a controller that can't be reached.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,15 +33,16 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import NameOID
 
 from agent.attest.enrolment import NodeId
-from agent.attest.result import MAX_RESULT_BYTES
+from agent.attest.result import MAX_RESULT_BYTES, MAX_TIME_S
 from agent.errors import ConfigError, HostError, VerificationError
-from agent.flows.controller import ca_context, key_sha256
+from agent.flows.controller import ca_context, controller_origin, key_sha256
 from agent.identity.token import parse_jwks
 
 __all__ = ["Enrolment", "EnrolmentStore", "Identity", "Mode", "csr_for", "new_key", "public_spki_sha256"]
 
 Mode = Literal["pull", "push"]
 MAX_FILE_BYTES: Final = 1 << 20
+ADVICE: Final = "stop the agent, `edgewarden attest leave --offline`, and enrol again"
 _CHECK = "enrolment"
 _NO_CERTIFICATE = (
     ValueError,
@@ -74,7 +76,7 @@ class Enrolment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     trust_domain: Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9._-]{1,255}\Z")]
     interval_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)]
     jwks: str
-    since: int
+    since: Annotated[int, msgspec.Meta(ge=0, le=MAX_TIME_S)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class Identity:
         keys: of the controller, by ``kid``.
         spki_sha256: digest of the key's SubjectPublicKeyInfo.
         valid_from, valid_until: of the certificate, in seconds since the epoch.
+        ca_until: when the last of the controller's CA certificates ends, in the same.
     """
 
     enrolment: Enrolment
@@ -96,6 +99,7 @@ class Identity:
     spki_sha256: str
     valid_from: float
     valid_until: float
+    ca_until: float
 
     @property
     def controller_id(self) -> str:
@@ -124,7 +128,13 @@ class Identity:
             raise VerificationError(_CHECK, f"the node's certificate: {error}") from error
         if uris != [f"spiffe://{enrolment.trust_domain}/node/{enrolment.node}"]:
             raise VerificationError(_CHECK, "the certificate is not for this node")
-        # 2. They load: the key is the certificate's, the CA's certificates are some.
+        # 2. The key is the certificate's, the CA's certificates are some, and TLS takes them all.
+        if public_spki_sha256(key) != digest:
+            raise VerificationError(_CHECK, "the node's key is not the one in its certificate")
+        try:
+            ca_until = max(root.not_valid_after_utc.timestamp() for root in x509.load_pem_x509_certificates(ca))
+        except _NO_CERTIFICATE as error:
+            raise VerificationError(_CHECK, f"the controller's CA: {error}") from error
         ca_context(ca, certificate, key)
         # 3. The controller's keys.
         try:
@@ -132,7 +142,7 @@ class Identity:
         except ConfigError as error:
             raise VerificationError(_CHECK, f"the controller's keys: {error}") from error
         valid = leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp()
-        return cls(enrolment, key, certificate, ca, keys, digest, *valid)
+        return cls(enrolment, key, certificate, ca, keys, digest, *valid, ca_until)
 
     def renewed(self, certificate: bytes) -> Identity:
         """Return it with a new certificate for the same key.
@@ -197,21 +207,26 @@ class EnrolmentStore:
             HostError: it can't be read.
             VerificationError: ``enrolment``: it is damaged, or another node's.
         """
+        try:
+            return self._load(node)
+        except VerificationError as error:
+            raise VerificationError(_CHECK, f"{self._directory}: {error.message}: {ADVICE}") from error
+
+    def _load(self, node: str) -> Identity | None:
         record = self._read(_RECORD)
         if record is None:
             return None
         try:
             enrolment = msgspec.json.decode(record, type=Enrolment)
         except ValueError as error:
-            raise VerificationError(_CHECK, f"{self._directory / _RECORD} is damaged: {error}") from error
+            raise VerificationError(_CHECK, f"{_RECORD} is damaged: {error}") from error
+        controller_origin(enrolment.url)
         if enrolment.node != node:
-            raise VerificationError(
-                _CHECK, f"it is that of {enrolment.node!r}, and node.id is {node!r} now: remove {self._directory}"
-            )
-        parts = [self._read(name) for name in (_KEY, _CERTIFICATE, _CA)]
-        if any(part is None for part in parts):
-            raise VerificationError(_CHECK, f"files are missing in {self._directory}: remove it and enrol again")
-        key, certificate, ca = (part or b"" for part in parts)
+            raise VerificationError(_CHECK, f"it is that of {enrolment.node!r}, and node.id is {node!r} now")
+        parts = {name: self._read(name) for name in (_KEY, _CERTIFICATE, _CA)}
+        if missing := [name for name, part in parts.items() if part is None]:
+            raise VerificationError(_CHECK, f"{', '.join(missing)}: missing")
+        key, certificate, ca = (part or b"" for part in parts.values())
         return Identity.build(enrolment, key, certificate, ca)
 
     def save_key(self, key: bytes) -> None:
@@ -269,29 +284,39 @@ class EnrolmentStore:
         """
         for name in (_RECORD, _RESULT, _CERTIFICATE, _CA, _KEY):
             try:
-                with contextlib.suppress(FileNotFoundError):
-                    (self._directory / name).unlink()
+                for path in (self._directory / name, self._fresh(name)):
+                    path.unlink(missing_ok=True)
                 self._sync()
             except OSError as error:
                 raise self._failure(name, error) from error
 
     def _read(self, name: str) -> bytes | None:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe in a file's place is not waited for
         try:
-            with (self._directory / name).open("rb") as file:
-                data = file.read(MAX_FILE_BYTES + 1)
+            fd = os.open(self._directory / name, flags)
+            try:
+                mode = os.fstat(fd).st_mode
+                data = os.read(fd, MAX_FILE_BYTES + 1) if stat.S_ISREG(mode) else b""
+            finally:
+                os.close(fd)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise self._failure(name, error) from error
+        if not stat.S_ISREG(mode):
+            raise VerificationError(_CHECK, f"{name} is no file")
+        if name == _KEY and mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise VerificationError(_CHECK, f"{name}: mode {stat.S_IMODE(mode):o}: others may have read the key")
         if len(data) > MAX_FILE_BYTES:
-            raise VerificationError(_CHECK, f"{self._directory / name} is larger than {MAX_FILE_BYTES} bytes")
+            raise VerificationError(_CHECK, f"{name} is larger than {MAX_FILE_BYTES} bytes")
         return data
 
     def _write(self, name: str, data: bytes) -> None:
-        fresh = self._directory / f"{name}.new"
+        fresh = self._fresh(name)
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            fresh.unlink(missing_ok=True)  # what a crash left might be open to others
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             with os.fdopen(os.open(fresh, flags, 0o600), "wb") as file:
                 file.write(data)
                 file.flush()
@@ -300,6 +325,9 @@ class EnrolmentStore:
             self._sync()
         except OSError as error:
             raise self._failure(name, error) from error
+
+    def _fresh(self, name: str) -> Path:
+        return self._directory / f"{name}.new"
 
     def _sync(self) -> None:
         if not self._directory.is_dir():

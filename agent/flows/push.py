@@ -2,8 +2,8 @@
 
 Rules:
 
-1. A round is a challenge, Evidence over its nonce, and the answer: an Attestation Result. A node in mode push makes one each interval; in
-   either mode one is made when half of the certificate's life is over, with a certificate request for the same key.
+1. A round is a challenge, Evidence over its nonce, and the answer: an Attestation Result. A node in mode push makes one each interval and,
+   after one that succeeded, never earlier; in either mode one is made when half of the certificate's life is over, with a certificate request for the same key.
 2. A round that failed is made again after a growing time, at most :data:`MAX_BACKOFF_S`, for ever: a node that lost its network for weeks comes
    back by itself. Times have jitter, so that a fleet does not come at once.
 3. The node's certificate is shown while it is valid. Where it has ended, or a connection broke before there was an answer, the next round is
@@ -116,7 +116,7 @@ class Reporter:
         if self._failures:
             _log.info("push_works_again", failures=self._failures)
         self._failures, self.failure = 0, ""
-        return _jittered(self._interval_s)
+        return self._interval_s * _random.uniform(1, 1 + JITTER)
 
     async def _round(self) -> None:
         link = await self._call()
@@ -133,8 +133,9 @@ class Reporter:
         self._interval_s = answer.interval_s
         await self._hooks.take_result(answer.result)
         if renew and answer.certificate is not None:
-            self._identity = identity.renewed(answer.certificate.encode())
-            await self._hooks.renewed(self._identity)
+            renewed = identity.renewed(answer.certificate.encode())
+            await self._hooks.renewed(renewed)  # where it can't be kept, the next round asks again
+            self._identity = renewed
             self._bare = False
             await self._hang_up()  # the next connection shows the new one
 

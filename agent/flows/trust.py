@@ -201,11 +201,18 @@ class TrustKeeper:
             return False, "no controller is configured"
         url = self._identity.enrolment.url
         if self._taken_us is None:
-            return False, f"{url} has not appraised this node since the agent's start"
+            return False, self._ended() or f"{url} has not appraised this node since the agent's start"
         silent_s = (clock.monotonic_us() - self._taken_us) // 1_000_000
         if silent_s > MISSED_INTERVALS * self._interval_s:
-            return False, f"{url} has not appraised this node for {silent_s} s"
+            return False, self._ended() or f"{url} has not appraised this node for {silent_s} s"
         return True, f"{url} appraises this node"
+
+    def _ended(self) -> str:
+        """Return why no connection can work any more, where the controller's CA has ended."""
+        identity = self._identity
+        if identity is None or clock.now() < identity.ca_until:
+            return ""
+        return f"{identity.enrolment.url}: the CA of this enrolment has ended, by this node's clock: leave, and enrol again"
 
     def status(self) -> dict[str, JsonValue]:
         """Return the last result for an operator."""

@@ -1,11 +1,14 @@
 """Attestation Results: what a node takes from its controller."""
 
+import base64
+import json
+
 import jwt
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from agent.attest.result import EAT_PROFILE, MAX_RESULT_BYTES, AttestationResult, CheckResult
+from agent.attest.result import EAT_PROFILE, MAX_RESULT_BYTES, MAX_TIME_S, MAX_WITHDRAWN, AttestationResult, CheckResult
 from agent.errors import VerificationError
 
 KEY = ec.derive_private_key(11, ec.SECP256R1())
@@ -69,11 +72,20 @@ REFUSED = [
     _signed(_claims(eat_profile="tag:github.com,2023:veraison/ear")),
     _signed(_claims(iat="now")),
     _signed(_claims(iat=None)),
+    _signed(_claims(iat=-1)),
+    _signed(_claims(iat=MAX_TIME_S + 1)),
+    _signed(_claims(iat=10**40)),
+    _signed(_claims(iat=1.5)),
+    _signed(_claims(iat=True)),
     _signed(_claims(eat_nonce="short")),
     _signed(_claims(submods={})),
     _signed(_claims(submods={"edge-2": APPRAISAL})),
     _signed(_claims(submods={"edge-1": APPRAISAL, "edge-2": APPRAISAL})),
     _signed(_claims(submods={"edge-1": APPRAISAL | {"ear_status": "fine"}})),
+    _signed(_claims(submods={"edge-1": APPRAISAL | {"ear_verifier_claims": {"edgewarden_interval_s": 0}}})),
+    _signed(_claims(submods={"edge-1": APPRAISAL | {"ear_verifier_claims": {"edgewarden_withdrawn": ["short"]}}})),
+    RESULT.sign(KEY, "k1") + "\x1b",
+    RESULT.sign(KEY, "k1").replace(".", "", 1),
 ]
 
 
@@ -90,3 +102,44 @@ def test_a_result_without_policy_is_read():
     bare = {name: value for name, value in APPRAISAL.items() if name != "ear_appraisal_policy_ids"}
     result = AttestationResult.verify(_signed(_claims(submods={"edge-1": bare})), KEYS, "edge-1")
     assert result == msgspec.structs.replace(RESULT, policy_id="")
+
+
+def _part(data):
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+@pytest.mark.parametrize("where", ["header", "payload"])
+def test_what_nests_without_end_is_refused(where):
+    """Also under a good signature: a parser that gives up is no end of the node."""
+    deep = b'{"alg":"ES256","kid":"k1","more":' + b"[" * 50_000 + b"]" * 50_000 + b"}"
+    if where == "header":
+        token = f"{_part(deep)}.{_part(json.dumps(_claims()).encode())}.{_part(bytes(64))}"
+    else:
+        token = jwt.api_jws.encode(deep, KEY, algorithm="ES256", headers={"kid": "k1"})
+    with pytest.raises(VerificationError) as refusal:
+        AttestationResult.verify(token, KEYS, "edge-1")
+    assert refusal.value.check == "result"
+
+
+def test_withdrawn_files_have_a_limit():
+    """As many as it says, and not one more."""
+    for more in (0, 1):
+        withdrawn = [f"{number:064x}" for number in range(MAX_WITHDRAWN + more)]
+        claims = APPRAISAL["ear_verifier_claims"] | {"edgewarden_withdrawn": withdrawn}
+        token = _signed(_claims(submods={"edge-1": APPRAISAL | {"ear_verifier_claims": claims}}))
+        if more:
+            with pytest.raises(VerificationError, match="result"):
+                AttestationResult.verify(token, KEYS, "edge-1")
+        else:
+            assert len(AttestationResult.verify(token, KEYS, "edge-1").withdrawn) == MAX_WITHDRAWN
+
+
+def test_a_result_that_is_cut_or_changed_anywhere_is_refused():
+    """Every length but the whole one, and a flipped bit in each character of header, payload and signature."""
+    whole = RESULT.sign(KEY, "k1")
+    changed = [whole[:size] for size in range(len(whole))]
+    for index, char in enumerate(whole[:-1]):  # the last one has bits that say nothing
+        changed.append(whole[:index] + chr(ord(char) ^ 1) + whole[index + 1 :])
+    for token in changed:
+        with pytest.raises(VerificationError):
+            AttestationResult.verify(token, KEYS, "edge-1")

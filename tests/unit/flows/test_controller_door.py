@@ -238,3 +238,49 @@ def test_certificates_that_do_not_load_are_refused(material):
     """A CA that is none is a VerificationError."""
     with pytest.raises(VerificationError, match="enrolment"):
         ca_context(*material)
+
+
+HEADS = {
+    "a negative length": b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
+    "a length without end": b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 4000 + b"\r\n\r\n",
+    "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}",
+    "length and chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\nzz\r\n",
+    "chunks of no size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n{}\r\n0\r\n\r\n",
+    "a head without end": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
+    "heads without end": b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 100_000 + b"\r\n",
+    "no version": b"HTTP/9.9 200 OK\r\n\r\n",
+    "no status": b"HTTP/1.1 abc OK\r\n\r\n",
+    "a status out of range": b"HTTP/1.1 99999 OK\r\n\r\n",
+    "another protocol": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n",
+    "words that are no text": b"HTTP/1.1 403 \xff\xfe\r\nX: \xff\r\nContent-Length: 2\r\n\r\n\xff\xff",
+    "a zero in a head": b"HTTP/1.1 200 OK\r\nX: a\0b\r\nContent-Length: 0\r\n\r\n",
+    "a cookie that is none": b"HTTP/1.1 200 OK\r\nSet-Cookie: \x01=\x02;;=;\r\nContent-Length: 0\r\n\r\n",
+    "a coding that nobody asked for": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+    "a charset that does not exist": b"HTTP/1.1 200 OK\r\nContent-Type: a/b; charset=zz\r\nContent-Length: 2\r\n\r\n[]",
+    "a redirection to nowhere": b"HTTP/1.1 302 Found\r\nLocation: http://[::\r\nContent-Length: 0\r\n\r\n",
+    "provisional answers": b"HTTP/1.1 100 Continue\r\n\r\n" * 1000,
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("how", HEADS)
+async def test_nothing_but_an_error_by_name_comes_out(controller, how):
+    """Whatever is sent in HTTP's place: the agent's rounds end by these two errors alone."""
+
+    async def hostile(request):
+        request.transport.write(HEADS[how])
+        request.transport.close()
+        return web.Response()
+
+    controller.answers["/"] = hostile
+    with pytest.raises((ControllerError, VerificationError)) as caught:
+        await post(controller)
+    assert "everybody" not in str(caught.value)
+
+
+async def test_a_refusal_that_nests_without_end_has_no_words(controller):
+    """A parser that gives up is no end of the agent."""
+    for text in ('{"x":' + "[" * 4000, '{"error":' + '{"a":' * 700, "[" * 4090):
+        controller.answers["/"] = lambda _, text=text: _json(text, 500)
+        with pytest.raises(ControllerError, match="500: no reason given"):
+            await post(controller)

@@ -1,6 +1,7 @@
 """Attestation Results at the node: which count, what they do at once, and what a restart remembers."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -43,7 +44,9 @@ class World:
 
     def __init__(self, folder):
         self.key = ec.generate_private_key(ec.SECP256R1())
-        self.identity = identity_of(self.key)
+        self.identity = replace(
+            identity_of(self.key), ca_until=NOW + 10**7
+        )  # made today, and the clock is set to another day
         self.store = EnrolmentStore(folder)
         self.hooks = Hooks()
         self.trust = TrustKeeper(self.store, self.hooks)
