@@ -256,13 +256,14 @@ async def _body(request: web.Request, route: Route) -> Any:  # noqa: ANN401 -- o
     except TimeoutError:
         raise PeerError(408, "slow_body", f"the body did not come within {BODY_TIMEOUT_S} s") from None
     whole = b"".join(parts)
+    # A RecursionError is what the decoder makes of brackets in brackets: the sender's doing, like any other malformed text.
     try:
         request[_NODE] = msgspec.json.decode(whole, type=_Named).node
-    except ValueError:
+    except (ValueError, RecursionError):
         request[_NODE] = ""  # it names no node, or is refused as a whole by what follows
     try:
         return msgspec.json.decode(whole, type=route.body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PeerError(400, "encoding", f"the body is not what this call takes: {error}") from error
 
 
