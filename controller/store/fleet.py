@@ -20,6 +20,7 @@ from agent.attest.appraisal import Verified
 from agent.attest.findings import Judgement
 from agent.attest.log_state import LogState
 from agent.errors import PeerError
+from controller.store.inserting import insert_new
 from controller.store.schedule import interval_of
 from controller.store.schema import challenges, groups, logs, nodes, polls, states
 
@@ -80,23 +81,23 @@ async def add(connection: AsyncConnection, node: NewNode, now_us: int) -> None:
     Raises:
         PeerError: 409, when its name or its TPM is enrolled already: an operator must release it first.
     """
-    await check_free(connection, node.id, node.ek_sha256)
     interval_s = (await connection.execute(select(groups.c.interval_s).where(groups.c.name == node.group))).scalar_one()
-    await connection.execute(
-        insert(nodes).values(
-            id=node.id,
-            group_name=node.group,
-            labels=msgspec.json.encode(node.labels).decode(),
-            mode=node.mode,
-            address=node.address,
-            ek_sha256=node.ek_sha256,
-            ak_public=node.ak_public,
-            spki_sha256=node.spki_sha256,
-            boot_pcrs=msgspec.json.encode(node.boot_pcrs).decode(),
-            enrolled_us=now_us,
-            certificate_until_us=node.certificate_until_us,
-        )
-    )
+    row = {
+        "id": node.id,
+        "group_name": node.group,
+        "labels": msgspec.json.encode(node.labels).decode(),
+        "mode": node.mode,
+        "address": node.address,
+        "ek_sha256": node.ek_sha256,
+        "ak_public": node.ak_public,
+        "spki_sha256": node.spki_sha256,
+        "boot_pcrs": msgspec.json.encode(node.boot_pcrs).decode(),
+        "enrolled_us": now_us,
+        "certificate_until_us": node.certificate_until_us,
+    }
+    if not await insert_new(connection, nodes, row):
+        await check_free(connection, node.id, node.ek_sha256)
+        raise PeerError(409, "enrolled_already", "its name or its TPM was enrolled until just now: begin again")
     # Nodes that come together are spread over an interval.
     due_us = now_us + interval_s * 500_000 + secrets.randbelow(interval_s * 500_000 + 1)
     await connection.execute(insert(polls).values(node=node.id, due_us=due_us, failures=0, contact_us=now_us))

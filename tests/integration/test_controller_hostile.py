@@ -1,9 +1,13 @@
 """What a peer may send or time so that the controller errs: each on SQLite and on PostgreSQL."""
 
+import asyncio
+from base64 import b64encode
+
 import pytest
 
+from agent.attest.enrolment import EnrolChallenge
 from tests.support.controller_service import controller_home, desk
-from tests.support.software_node import Vendor
+from tests.support.software_node import SoftwareNode, Vendor, _bytes
 
 pytestmark = pytest.mark.integration
 VENDOR = Vendor()
@@ -35,3 +39,78 @@ async def test_a_body_of_brackets_is_a_refusal(office, body):
     status, answer = await _send(office.anyone, "POST", office.url + "/node/v1/enrol", data=body)
     assert (status, answer["check"]) == (400, "encoding")
     assert (await office.records("node.enrol"))[-1]["check"] == "encoding"
+
+
+async def test_one_key_is_one_admin_s(office):
+    """A second admin with the key of the first is refused by name, revoked or not."""
+    csr = b64encode(SoftwareNode().csr()).decode()
+    await office.call("POST", "/v1/admins", {"name": "ada", "role": "viewer", "csr": csr}, expect=201)
+    refused = await office.call("POST", "/v1/admins", {"name": "eve", "role": "viewer", "csr": csr}, expect=409)
+    assert refused["check"] == "admin_exists"
+    await office.call("DELETE", "/v1/admins/ada")
+    refused = await office.call("POST", "/v1/admins", {"name": "eve", "role": "viewer", "csr": csr}, expect=409)
+    assert refused["check"] == "admin_exists"
+
+
+async def test_a_refused_approval_makes_no_group(office):
+    """What was not approved leaves nothing behind."""
+    await office.call("POST", "/v1/groups/new/references", {"policy": "0" * 64}, expect=422)
+    assert [group["name"] for group in await office.call("GET", "/v1/groups")] == ["default"]
+
+
+async def _begin(office, node, token):
+    status, answer = await _send(
+        office.anyone, "POST", office.url + "/node/v1/enrol", data=node.request(token).encode()
+    )
+    assert status == 200, answer
+    return EnrolChallenge(**_bytes(answer))
+
+
+async def _complete_at_once(office, *begun):
+    """Send all second calls together; returns status and check of each."""
+    calls = [
+        _send(
+            office.anyone,
+            "POST",
+            f"{office.url}/node/v1/enrol/{challenge.enrolment}",
+            data=node.proof(challenge).encode(),
+        )
+        for node, challenge in begun
+    ]
+    return sorted((status, answer.get("check", "")) for status, answer in await asyncio.gather(*calls))
+
+
+async def test_of_one_tpm_that_enrols_twice_at_once_one_wins(office):
+    """With two tokens, under two names: the other is refused by name, with a record."""
+    for _ in range(5):
+        node = SoftwareNode(vendor=VENDOR)
+        twin = SoftwareNode(id="edge-2", vendor=VENDOR, ek=node.ek, attester=node.attester, control=node.control)
+        begun = [(one, await _begin(office, one, await office.token())) for one in (node, twin)]
+        assert await _complete_at_once(office, *begun) == [(200, ""), (409, "enrolled_already")]
+        record = (await office.records("node.enrol"))[-1]
+        assert (record["outcome"], record["check"]) == ("refused", "enrolled_already")
+        (shown,) = (await office.call("GET", "/v1/nodes"))["nodes"]
+        await office.call("DELETE", f"/v1/nodes/{shown['id']}")
+
+
+async def test_of_two_enrolments_with_one_token_one_wins(office):
+    """The other is told that the token was used."""
+    token = await office.token()
+    nodes = [SoftwareNode(id=f"edge-{number}", vendor=VENDOR) for number in range(4)]
+    begun = [(node, await _begin(office, node, token)) for node in nodes]
+    assert await _complete_at_once(office, *begun) == [(200, ""), *[(403, "join_token")] * 3]
+
+
+async def test_first_approvals_that_come_together_follow_each_other(office):
+    """Of a group that none of them found: each makes a version of its own."""
+    approval = {"policy": "1" * 64, "config": "2" * 64, "pcr": 14}
+    calls = [office.call("POST", "/v1/groups/new/references", approval, expect=201) for _ in range(4)]
+    assert sorted(made["version"] for made in await asyncio.gather(*calls)) == [1, 2, 3, 4]
+
+
+async def test_of_two_admins_of_one_name_that_are_made_at_once_one_is(office):
+    """The other is refused by name."""
+    requests = [{"name": "ada", "role": "viewer", "csr": b64encode(SoftwareNode().csr()).decode()} for _ in range(4)]
+    calls = [_send(office.admin, "POST", office.url + "/v1/admins", json=body) for body in requests]
+    answers = sorted((status, answer.get("check", "")) for status, answer in await asyncio.gather(*calls))
+    assert answers == [(201, ""), *[(409, "admin_exists")] * 3]
