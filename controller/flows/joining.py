@@ -1,6 +1,6 @@
 """A node joins: the controller's half of enrolment, pushed Evidence and renewal.
 
-Enrolment, first call:
+Enrolment, first call (a node that wants to be polled names an address that can be one: :mod:`controller.trust.address`):
 
 1. The join token is known, unused, in date, and for this node if for any.
 2. The endorsement key is a genuine TPM's: its certificate leads to the operator's trust store, or its digest stands on the allowlist.
@@ -46,6 +46,7 @@ from controller.store import audit, fleet, joining, schedule
 from controller.store.database import Database
 from controller.store.fleet import NewNode, NodeRecord
 from controller.store.joining import Enrolment
+from controller.trust.address import check_address
 from controller.trust.authority import Authority, Issued, request_key, spki_sha256
 from controller.trust.credential import make_credential
 from controller.trust.endorsement import EndorsementKey, allowed, verify_endorsement
@@ -75,6 +76,7 @@ class Joining:
             PeerError, VerificationError: with the first thing that does not hold.
         """
         now_us = clock.now_us()
+        check_address(request.mode, request.address)
         async with self.database.begin() as connection:
             # 1. The token.
             await joining.valid_token(connection, request.token, request.secret, request.node, now_us)

@@ -124,7 +124,7 @@ async def test_of_two_admins_of_one_name_that_are_made_at_once_one_is(office):
 
 
 @contextlib.asynccontextmanager
-async def _as_node(office, node):
+async def _as_node(node):
     """A session that shows the node's certificate."""
     context = ssl.create_default_context(cadata=node.grant["ca"])
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +157,7 @@ async def test_another_node_s_push_says_nothing_about_a_node(office, mode):
     """Whoever has a certificate of the fleet, and neither the node's nor its TPM, is refused by name and recorded; the node's result stands."""
     await _enrolled(office, "edge-1", mode=mode)
     other = await _enrolled(office, "edge-2")
-    async with _as_node(office, other) as session:
+    async with _as_node(other) as session:
         status, answer = await _push(session, office, other, about="edge-1")
         assert (status, answer["check"]) == (422, "signer")
     shown = await office.node("edge-1")
@@ -170,7 +170,7 @@ async def test_a_node_s_own_push_that_is_not_authentic_costs_its_trust(office):
     """Whether or not it asks for a certificate with it: the connection is the node's."""
     node = await _enrolled(office, "edge-1", mode="push")
     node.attester = SoftwareNode().attester
-    async with _as_node(office, node) as session:
+    async with _as_node(node) as session:
         status, answer = await _push(session, office, node, csr=node.csr())
         assert (status, answer["check"]) == (422, "signer")
         assert (await office.node("edge-1"))["status"] == "none"
@@ -180,9 +180,48 @@ async def test_a_push_under_an_unsafe_clock_is_to_come_again(office):
     """It is refused as such, and neither good nor bad news."""
     node = await _enrolled(office, "edge-1", mode="push")
     node.attester.clock = dataclasses.replace(node.attester.clock, safe=False)
-    async with _as_node(office, node) as session:
+    async with _as_node(node) as session:
         status, answer = await _push(session, office, node)
     assert (status, answer["check"]) == (422, "clock")
     shown = await office.node("edge-1")
     assert (shown["status"], shown["reachable"]) == ("affirming", True)
     assert [record["kind"] for record in await office.records("node.result")] == ["node.result"]
+
+
+ADDRESSES = {
+    "none, to be polled at": None,
+    "no port": "192.0.2.7",
+    "a path, to be asked for in the controller's name": "192.0.2.7:8444/admin?x=",
+    "a user": "root:secret@192.0.2.7:8444",
+    "a fragment": "192.0.2.7:8444#",
+    "a character that ends a line": "192.0.2.7:8444\r\nX: y",
+    "a character that ends a text": "192.0.2.7\0:8444",
+    "a port that is none": "192.0.2.7:99999",
+    "the address of a cloud's metadata": "169.254.169.254:443",
+    "the same, as IPv6": "[::ffff:169.254.169.254]:443",
+    "a link-local address": "[fe80::1]:443",
+    "everybody": "224.0.0.1:443",
+    "nobody": "0.0.0.0:443",
+    "an address in another notation": "0xa9.254.169.254:443",
+    "the same, as one number": "2852039166:443",
+}
+
+
+@pytest.mark.parametrize("how", ADDRESSES)
+async def test_an_address_that_no_node_has_is_refused(office, how):
+    """At the first call, by name, with a record."""
+    request = SoftwareNode(vendor=VENDOR).request(await office.token(), address=ADDRESSES[how])
+    status, answer = await _send(office.anyone, "POST", office.url + "/node/v1/enrol", data=request.encode())
+    assert (status, answer["check"]) == (422, "address")
+    record = (await office.records("node.enrol"))[-1]
+    assert (record["outcome"], record["node"], record["check"]) == ("refused", "edge-1", "address")
+
+
+@pytest.mark.parametrize(
+    "address", ["192.0.2.7:8444", "[2001:db8::7]:8444", "edge-1.example.:1", "127.0.0.1:8444", "10.1.2.3:65535"]
+)
+async def test_an_address_in_each_form_is_taken(office, address):
+    """IPv4, IPv6 in brackets, a name."""
+    request = SoftwareNode(vendor=VENDOR).request(await office.token(), address=address)
+    status, answer = await _send(office.anyone, "POST", office.url + "/node/v1/enrol", data=request.encode())
+    assert status == 200, answer
