@@ -241,7 +241,7 @@ class Joining:
         async with self.database.begin() as connection:
             await schedule.answered(connection, [node.id], now_us)
             if node.mode == "push":
-                await schedule.postpone(connection, node.id, now_us + 2 * node.interval_s * 1_000_000)
+                await schedule.postpone(connection, node.id, schedule.late_us(now_us, node.interval_s))
             if not finding.appraisal.retry:  # as with a poll: nobody's fault, and the last result goes on ageing
                 await self.appraiser.keep(connection, finding)
             if push.csr is not None and refused is None:

@@ -21,7 +21,7 @@ from agent.attest.findings import Judgement
 from agent.attest.log_state import LogState
 from agent.errors import PeerError
 from controller.store.inserting import insert_new
-from controller.store.schedule import interval_of
+from controller.store.schedule import interval_of, late_us
 from controller.store.schema import challenges, groups, logs, nodes, polls, states
 
 __all__ = [
@@ -98,8 +98,10 @@ async def add(connection: AsyncConnection, node: NewNode, now_us: int) -> None:
     if not await insert_new(connection, nodes, row):
         await check_free(connection, node.id, node.ek_sha256)
         raise PeerError(409, "enrolled_already", "its name or its TPM was enrolled until just now: begin again")
-    # Nodes that come together are spread over an interval.
-    due_us = now_us + interval_s * 500_000 + secrets.randbelow(interval_s * 500_000 + 1)
+    if node.mode == "push":
+        due_us = late_us(now_us, interval_s)
+    else:  # Those that come together are spread over an interval.
+        due_us = now_us + interval_s * 500_000 + secrets.randbelow(interval_s * 500_000 + 1)
     await connection.execute(insert(polls).values(node=node.id, due_us=due_us, failures=0, contact_us=now_us))
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import datetime as dt
 import ssl
 import tempfile
 from base64 import b64encode
@@ -12,6 +13,7 @@ import aiohttp
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from agent import clock
 from agent.attest.enrolment import EnrolChallenge, PushedEvidence
 from tests.support.controller_service import controller_home, desk
 from tests.support.software_node import SoftwareNode, Vendor, _bytes
@@ -225,3 +227,25 @@ async def test_an_address_in_each_form_is_taken(office, address):
     request = SoftwareNode(vendor=VENDOR).request(await office.token(), address=address)
     status, answer = await _send(office.anyone, "POST", office.url + "/node/v1/enrol", data=request.encode())
     assert status == 200, answer
+
+
+async def _due_s(office, name):
+    due = dt.datetime.fromisoformat((await office.node(name))["due"])
+    return due.timestamp() - clock.now()
+
+
+async def test_a_node_that_pushes_is_late_after_two_of_its_intervals_and_not_before(office):
+    """Neither its enrolment, nor an approval, nor another interval makes it late sooner; one that is polled is asked soon."""
+    await _enrolled(office, "edge-1", mode="push", address=None)
+    await _enrolled(office, "edge-2")
+    assert 7100 < await _due_s(office, "edge-1") <= 7200
+    await office.approve(config="3" * 64)
+    assert 7100 < await _due_s(office, "edge-1") <= 7200
+    assert await _due_s(office, "edge-2") <= 361
+    await office.call("PUT", "/v1/nodes/edge-1/interval", {"interval_s": 4000})
+    assert 7900 < await _due_s(office, "edge-1") <= 8000
+    await office.call("PUT", "/v1/nodes/edge-1/interval", {"interval_s": None})
+    await office.call("PUT", "/v1/groups/default/interval", {"interval_s": 10})
+    # It has not heard of it yet.
+    assert 7900 < await _due_s(office, "edge-1") <= 8000
+    assert await _due_s(office, "edge-2") <= 10
