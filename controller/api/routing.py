@@ -4,7 +4,7 @@ Rules:
 
 1. An operator's route names its action, and is authorized before its body is read.
 2. A refusal is ``{"error", "check"}`` with the status that fits its blame, never a traceback; one that speaks of a node or of a right is in the
-   audit log.
+   audit log; of callers that have proven nothing within the limits of :mod:`controller.api.refusals`.
 3. Every answer is counted by its route and status, a call of a node that joins by the check that refused it, too.
 4. A body is read up to the route's limit and within :data:`BODY_TIMEOUT_S`; compressed bodies are not taken.
 5. A refusal's record names the node that the body speaks of, also where the body is refused for what else stands in it; it is the peer's word.
@@ -25,6 +25,7 @@ from agent import clock
 from agent.attest.enrolment import ENROL_PATH, NodeId
 from agent.errors import ConfigError, EdgeWardenError, HostError, PeerError, PolicyError, VerificationError
 from agent.records import Principal
+from controller.api.refusals import Refusals
 from controller.metrics import Figures
 from controller.store import admins, audit
 from controller.store.database import Database, StoreError
@@ -136,15 +137,22 @@ class Surface:
         authorizer: decides what an operator may do.
         tokens: reads bearer tokens, where they are taken.
         figures: where answers are counted.
+        refusals: decides which are recorded.
     """
 
     def __init__(
-        self, database: Database, authorizer: Authorizer, tokens: TokenReader | None, figures: Figures
+        self,
+        database: Database,
+        authorizer: Authorizer,
+        tokens: TokenReader | None,
+        figures: Figures,
+        refusals: Refusals,
     ) -> None:
         self._database = database
         self._authorizer = authorizer
         self._tokens = tokens
         self._figures = figures
+        self._refusals = refusals
 
     def application(self, routes: list[Route]) -> web.Application:
         """Return the server of a table."""
@@ -185,8 +193,9 @@ class Surface:
                 body = await _body(request, route)
                 answer = await route.handler(Call(request, principal, body, spki, source))
             except EdgeWardenError as error:
-                who = principal.id if principal else f"peer/{source}"
-                await self._record(route, request, who, error)
+                check = request[_CHECK] = _check_of(error)
+                if principal is not None or self._refusals.has_record(source, check):
+                    await self._record(route, request, principal.id if principal else f"peer/{source}", error)
                 return _refusal(error)
             if isinstance(answer, web.StreamResponse):
                 return answer
@@ -209,7 +218,7 @@ class Surface:
         return Principal(id=f"admin/{name}", kind="mtls", roles=(role,))
 
     async def _record(self, route: Route, request: web.Request, who: str, error: EdgeWardenError) -> None:
-        check = request[_CHECK] = _check_of(error)
+        check = _check_of(error)
         _log.warning("call_refused", path=request.path, principal=who, check=check, error=str(error))
         if isinstance(error, StoreError) or not (route.action or route.kind):
             return
