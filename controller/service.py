@@ -29,7 +29,6 @@ from agent.errors import ConfigError, HostError
 from agent.host.notify import Notifier
 from controller import __version__
 from controller.api import listening, metrics
-from controller.api.limiter import Limiter
 from controller.api.nodes import node_routes, readiness_route
 from controller.api.openapi import document
 from controller.api.operators import Operators
@@ -99,7 +98,7 @@ class Controller:
             await self._serve_metrics(stack, watch, found)
             join = Joining(database, appraiser, authority, settings, roots, allowlist)
             routes = [
-                *node_routes(join, authority, Limiter(settings.enrolment.per_minute), settings.poll.max_evidence_bytes),
+                *node_routes(join, authority, settings.enrolment.per_minute, settings.poll.max_evidence_bytes),
                 *Operators(database, authority, appraiser, poller, settings).routes(),
             ]
             routes.append(readiness_route(watch.why_not))

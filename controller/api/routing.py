@@ -6,7 +6,7 @@ Rules:
 2. A refusal is ``{"error", "check"}`` with the status that fits its blame, never a traceback; one that speaks of a node or of a right is in the
    audit log; of callers that have proven nothing within the limits of :mod:`controller.api.refusals`.
 3. Every answer is counted by its route and status, a call of a node that joins by the check that refused it, too.
-4. A body is read up to the route's limit and within :data:`BODY_TIMEOUT_S`; compressed bodies are not taken.
+4. Who calls too often is refused before a body is read. A body is read up to the route's limit and within :data:`BODY_TIMEOUT_S`; compressed bodies are not taken.
 5. A refusal's record names the node that the body speaks of, also where the body is refused for what else stands in it; it is the peer's word.
 """
 
@@ -107,6 +107,7 @@ class Route:
         kind: of the audit record when it is refused; empty: refusals are not recorded.
         query: JSON Schemas of its query parameters, none of which is demanded.
         refusals: statuses besides those that follow from the fields above.
+        admit: raises where too many calls come, by the peer's address and the key of its certificate; asked before a body is read.
     """
 
     method: str
@@ -121,6 +122,7 @@ class Route:
     kind: str = ""
     query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refusals: tuple[int, ...] = ()
+    admit: Callable[[str, str | None], None] | None = None
 
 
 class _Named(msgspec.Struct):
@@ -189,6 +191,8 @@ class Surface:
                 if route.action is not None:
                     principal = await self._identify(request, spki)
                     self._authorizer.require(principal, route.action)
+                if route.admit is not None:
+                    route.admit(source, spki)
                 _check_text(request)
                 body = await _body(request, route)
                 answer = await route.handler(Call(request, principal, body, spki, source))

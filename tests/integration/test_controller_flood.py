@@ -1,10 +1,12 @@
 """What a peer can make the controller keep, read or work at: each on SQLite and on PostgreSQL."""
 
+import asyncio
+
 import pytest
 
 from controller.api import refusals
 from tests.support.controller_service import controller_home, desk, eventually
-from tests.support.software_node import Vendor
+from tests.support.software_node import SoftwareNode, Vendor
 
 pytestmark = pytest.mark.integration
 VENDOR = Vendor()
@@ -47,3 +49,45 @@ async def test_an_admin_s_refusals_are_all_recorded(office):
     for _ in range(calls):
         await office.call("GET", "/v1/nodes/nobody", expect=404)
     assert len(await office.records("node.show")) == calls
+
+
+@pytest.fixture
+async def strict_office(config):
+    config.write_text(config.read_text().replace("per_minute: 1000", "per_minute: 3"))
+    async with desk(config) as running:
+        await running.approve()
+        yield running
+
+
+@pytest.mark.parametrize(
+    "path", ["/node/v1/enrol", "/node/v1/enrol/" + "0" * 32, "/node/v1/challenge", "/node/v1/evidence"]
+)
+async def test_who_calls_too_often_is_refused_before_its_body_is_read(strict_office, path):
+    """A body that never comes does not delay the refusal."""
+    answers = []
+    for _ in range(4):
+        async with strict_office.anyone.post(strict_office.url + path, data=b"{}") as answer:
+            answers.append(answer.status)
+    assert answers == [400, 400, 400, 429]
+
+    async def endless():
+        yield b"{"
+        await asyncio.sleep(3600)
+
+    async with asyncio.timeout(20), strict_office.anyone.post(strict_office.url + path, data=endless()) as answer:
+        assert answer.status == 429
+
+
+async def test_the_fleet_is_not_held_up_by_strangers(strict_office):
+    """Who shows a certificate has a limit of its own."""
+    node = SoftwareNode(vendor=VENDOR)
+    await node.enrol(strict_office.anyone, strict_office.url, await strict_office.token(), mode="push", address=None)
+    status = 0
+    for _ in range(4):
+        async with strict_office.anyone.post(
+            strict_office.url + "/node/v1/challenge", json={"node": "edge-1"}
+        ) as answer:
+            status = answer.status
+    assert status == 429
+    async with node.session() as session:
+        assert (await node.push(session, strict_office.url))[0] == 200

@@ -1,20 +1,14 @@
 """What a peer may send or time so that the controller errs: each on SQLite and on PostgreSQL."""
 
 import asyncio
-import contextlib
 import dataclasses
 import datetime as dt
-import ssl
-import tempfile
 from base64 import b64encode
-from pathlib import Path
 
-import aiohttp
 import pytest
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from agent import clock
-from agent.attest.enrolment import EnrolChallenge, PushedEvidence
+from agent.attest.enrolment import EnrolChallenge
 from tests.support.controller_service import controller_home, desk
 from tests.support.software_node import SoftwareNode, Vendor, _bytes
 
@@ -125,29 +119,6 @@ async def test_of_two_admins_of_one_name_that_are_made_at_once_one_is(office):
     assert answers == [(201, ""), *[(409, "admin_exists")] * 3]
 
 
-@contextlib.asynccontextmanager
-async def _as_node(node):
-    """A session that shows the node's certificate."""
-    context = ssl.create_default_context(cadata=node.grant["ca"])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "both.pem"
-        key = node.control.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        path.write_bytes(node.grant["certificate"].encode() + key)
-        context.load_cert_chain(path)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as session:
-        yield session
-
-
-async def _push(session, office, node, **changes):
-    """Ask for a challenge and push Evidence over it; returns status and answer."""
-    about = changes.pop("about", node.id)
-    status, challenge = await _send(session, "POST", office.url + "/node/v1/challenge", json={"node": about})
-    assert status == 200, challenge
-    evidence = node.evidence(bytes.fromhex(challenge["nonce"]), min(challenge["from"], len(node.entries)))
-    pushed = PushedEvidence(node=about, nonce=challenge["nonce"], evidence=evidence, **changes)
-    return await _send(session, "POST", office.url + "/node/v1/evidence", data=pushed.encode())
-
-
 async def _enrolled(office, name, **changes):
     node = SoftwareNode(id=name, vendor=VENDOR)
     await node.enrol(office.anyone, office.url, await office.token(), **changes)
@@ -159,8 +130,8 @@ async def test_another_node_s_push_says_nothing_about_a_node(office, mode):
     """Whoever has a certificate of the fleet, and neither the node's nor its TPM, is refused by name and recorded; the node's result stands."""
     await _enrolled(office, "edge-1", mode=mode)
     other = await _enrolled(office, "edge-2")
-    async with _as_node(other) as session:
-        status, answer = await _push(session, office, other, about="edge-1")
+    async with other.session() as session:
+        status, answer = await other.push(session, office.url, about="edge-1")
         assert (status, answer["check"]) == (422, "signer")
     shown = await office.node("edge-1")
     assert shown["status"] == "affirming"
@@ -172,8 +143,8 @@ async def test_a_node_s_own_push_that_is_not_authentic_costs_its_trust(office):
     """Whether or not it asks for a certificate with it: the connection is the node's."""
     node = await _enrolled(office, "edge-1", mode="push")
     node.attester = SoftwareNode().attester
-    async with _as_node(node) as session:
-        status, answer = await _push(session, office, node, csr=node.csr())
+    async with node.session() as session:
+        status, answer = await node.push(session, office.url, csr=node.csr())
         assert (status, answer["check"]) == (422, "signer")
         assert (await office.node("edge-1"))["status"] == "none"
 
@@ -182,8 +153,8 @@ async def test_a_push_under_an_unsafe_clock_is_to_come_again(office):
     """It is refused as such, and neither good nor bad news."""
     node = await _enrolled(office, "edge-1", mode="push")
     node.attester.clock = dataclasses.replace(node.attester.clock, safe=False)
-    async with _as_node(node) as session:
-        status, answer = await _push(session, office, node)
+    async with node.session() as session:
+        status, answer = await node.push(session, office.url)
     assert (status, answer["check"]) == (422, "clock")
     shown = await office.node("edge-1")
     assert (shown["status"], shown["reachable"]) == ("affirming", True)
