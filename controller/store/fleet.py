@@ -180,20 +180,20 @@ def _record(row: Row[Any]) -> NodeRecord:
     )
 
 
-async def with_state(connection: AsyncConnection, node: NodeRecord) -> Verified | None:
-    """Return what is verified of a node's log with the state that it says.
+async def with_state(connection: AsyncConnection, node: NodeRecord) -> tuple[Verified | None, int]:
+    """Return what is verified of a node's log with the state that it says, and how large that is, in bytes.
 
     Raises:
         PeerError: 409, when the node was appraised meanwhile.
     """
     if node.verified is None:
-        return None
+        return None, 0
     query = select(logs.c.state).join(states, states.c.node == logs.c.node)
     query = query.where(logs.c.node == node.id, states.c.pcr == node.verified.pcr)
     data = (await connection.execute(query)).scalar()
     if data is None:
         raise overtaken(node.id)
-    return msgspec.structs.replace(node.verified, state=msgspec.json.decode(data, type=LogState))
+    return msgspec.structs.replace(node.verified, state=msgspec.json.decode(data, type=LogState)), len(data)
 
 
 def overtaken(node: str) -> PeerError:

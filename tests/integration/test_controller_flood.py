@@ -1,10 +1,15 @@
 """What a peer can make the controller keep, read or work at: each on SQLite and on PostgreSQL."""
 
 import asyncio
+import threading
 
 import pytest
 
+from agent.attest.appraisal import appraise
+from agent.attest.measurement import model_entry
 from controller.api import refusals
+from controller.flows import appraising
+from tests.support.attest import digest
 from tests.support.controller_service import controller_home, desk, eventually
 from tests.support.software_node import SoftwareNode, Vendor
 
@@ -91,3 +96,28 @@ async def test_the_fleet_is_not_held_up_by_strangers(strict_office):
     assert status == 429
     async with node.session() as session:
         assert (await node.push(session, strict_office.url))[0] == 200
+
+
+async def test_a_long_log_holds_up_nobody_else(office, monkeypatch):
+    """Its appraisal leaves the event loop: when it comes first, when it is read again for new Reference Values, and not in between."""
+    threads = []
+
+    def observed(evidence, expect):
+        threads.append(threading.current_thread() is threading.main_thread())
+        return appraise(evidence, expect)
+
+    monkeypatch.setattr(appraising, "appraise", observed)
+    node = SoftwareNode(vendor=VENDOR)
+    node.entries += [model_entry("m", str(number), "model.onnx", digest(str(number))) for number in range(1500)]
+    runner = await node.serve()
+    try:
+        await node.enrol(office.anyone, office.url, await office.token())
+        assert threads == [False]
+        await office.call("POST", "/v1/nodes/edge-1/poll")
+        assert threads == [False, True]
+        await office.approve(config="3" * 64)
+        await office.call("POST", "/v1/nodes/edge-1/poll")
+        assert threads == [False, True, True, False]  # at first without the state
+    finally:
+        await runner.cleanup()
+    assert (await office.node("edge-1"))["log_entries"] == len(node.entries)
