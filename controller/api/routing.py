@@ -312,7 +312,11 @@ def _refusal(error: EdgeWardenError) -> web.Response:
     headers = {}
     if isinstance(error, PeerError) and error.retry_after_s is not None:
         headers["Retry-After"] = str(int(error.retry_after_s) + 1)
-    words = str(error) if not isinstance(error, StoreError) else "the controller's database does not answer: come again"
+    words = str(error)
+    if isinstance(error, StoreError):
+        words = "the controller's database does not answer: come again"
+    elif isinstance(error, HostError):  # paths and addresses of its own are for its log
+        words = "the controller can't do its part now: its log says why"
     return web.json_response({"error": words, "check": _check_of(error)}, status=_status_of(error), headers=headers)
 
 

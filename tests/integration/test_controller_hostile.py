@@ -220,3 +220,14 @@ async def test_a_node_that_pushes_is_late_after_two_of_its_intervals_and_not_bef
     # It has not heard of it yet.
     assert 7900 < await _due_s(office, "edge-1") <= 8000
     assert await _due_s(office, "edge-2") <= 10
+
+
+async def test_the_controller_s_own_faults_are_for_its_log(config):
+    """A caller learns that it is not to blame, and neither a path nor an address."""
+    with config.open("a") as file:
+        file.write("oidc: {issuer: i, audience: a, jwks: nowhere.json}\n")
+    token = {"Authorization": "Bearer eyJhbGciOiJFUzI1NiIsImtpZCI6ImUifQ.e30.AAAA"}
+    async with desk(config) as office:
+        status, answer = await _send(office.anyone, "GET", office.url + "/v1/nodes", headers=token)
+    assert (status, answer["check"]) == (503, "")
+    assert "nowhere" not in answer["error"]
