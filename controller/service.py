@@ -29,10 +29,10 @@ from agent.errors import ConfigError, HostError
 from agent.host.notify import Notifier
 from controller import __version__
 from controller.api import listening, metrics
-from controller.api.limiter import Limiter
 from controller.api.nodes import node_routes, readiness_route
 from controller.api.openapi import document
 from controller.api.operators import Operators
+from controller.api.refusals import Refusals
 from controller.api.routing import Call, Route, Surface
 from controller.flows.appraising import Appraiser
 from controller.flows.deliver import Deliverer
@@ -42,6 +42,7 @@ from controller.flows.presence import Presence
 from controller.flows.watching import Watch
 from controller.metrics import Figures
 from controller.settings import Settings, split_listen
+from controller.store import audit
 from controller.store import joining as joining_store
 from controller.store.database import Database, StoreError
 from controller.trust.authority import Authority
@@ -97,7 +98,7 @@ class Controller:
             await self._serve_metrics(stack, watch, found)
             join = Joining(database, appraiser, authority, settings, roots, allowlist)
             routes = [
-                *node_routes(join, authority, Limiter(settings.enrolment.per_minute), settings.poll.max_evidence_bytes),
+                *node_routes(join, authority, settings.enrolment.per_minute, settings.poll.max_evidence_bytes),
                 *Operators(database, authority, appraiser, poller, settings).routes(),
             ]
             routes.append(readiness_route(watch.why_not))
@@ -105,7 +106,8 @@ class Controller:
             tokens = OidcReader(settings.oidc).read if settings.oidc else None
             authorizer = Authorizer()
             stack.callback(authorizer.close)
-            surface = Surface(database, authorizer, tokens, figures)
+            refusals = Refusals()
+            surface = Surface(database, authorizer, tokens, figures, refusals)
             await self._serve(stack, surface.application(routes), context)
             name = f"{socket.gethostname()}:{os.getpid()}"
             presence = Presence(database, self.id, name, nats=settings.nats is not None)
@@ -113,7 +115,7 @@ class Controller:
                 work = (
                     poller.run(),
                     deliverer.run(),
-                    self._keep_house(database, presence),
+                    self._keep_house(database, presence, refusals),
                     watch.run(),
                     watch.keep_alive(self._watchdog_s),
                 )
@@ -148,16 +150,27 @@ class Controller:
             application = metrics.metrics_application(watch, found)
             await stack.enter_async_context(listening.serve(application, sock, most=metrics.MAX_CONNECTIONS))
 
-    async def _keep_house(self, database: Database, presence: Presence) -> None:
-        """Say that this replica lives, notice those that do not, delete what has expired."""
+    async def _keep_house(self, database: Database, presence: Presence, refusals: Refusals) -> None:
+        """Say that this replica lives, notice those that do not, delete what has expired, tell of refusals that have no record of their own."""
         while True:
             try:
                 await presence.beat()
                 async with database.begin() as connection:
                     await joining_store.sweep(connection, clock.now_us())
+                await _tell_refusals(database, refusals)
             except StoreError as error:
                 _log.error("database_lost", error=str(error))
             await asyncio.sleep(HEARTBEAT_S)
+
+
+async def _tell_refusals(database: Database, refusals: Refusals) -> None:
+    if counts := refusals.counted():
+        detail = {"count": counts.total(), "checks": dict(counts)}
+        entry = audit.AuditEntry(kind="refusals", principal="controller", outcome="refused", detail=detail)
+        async with database.begin() as connection:
+            await audit.append(connection, entry)
+        refusals.told(counts)
+        _log.warning("calls_refused", **detail)
 
 
 def _expiries(authority: Authority) -> dict[str, float]:

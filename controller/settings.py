@@ -73,7 +73,12 @@ class EnrolmentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     ] = None
     certificate_s: Annotated[int, Meta(ge=60, le=31_536_000, description="Validity of a node's certificate.")] = 604_800
     per_minute: Annotated[
-        int, Meta(ge=1, le=100_000, description="Enrolment calls that are taken from an address.")
+        int,
+        Meta(
+            ge=1,
+            le=100_000,
+            description="Enrolment calls that are taken from an address; also pushes and challenges without a certificate.",
+        ),
     ] = 30
 
 

@@ -1,4 +1,4 @@
-"""How many enrolment calls are taken from one address: a token bucket for each, the least used forgotten first."""
+"""How many calls are taken from one address: a token bucket for each, the least used forgotten first."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ class Limiter:
         Raises:
             PeerError: 429, with the time after which it may come again.
         """
+        if wait_s := self.wait_s(source):
+            raise PeerError(429, "rate", "too many calls from this address", retry_after_s=wait_s)
+
+    def wait_s(self, source: str) -> float:
+        """Take a call, where one may be taken; returns 0 then, or else after how many seconds one may be."""
         now_us = clock.monotonic_us()
         filled, then_us = self._buckets.pop(source, (float(self._per_minute), now_us))
         level = min(float(self._per_minute), filled + (now_us - then_us) * self._per_minute / 60e6)
@@ -32,6 +37,4 @@ class Limiter:
         self._buckets[source] = (level - 1 if admitted else level, now_us)
         if len(self._buckets) > MAX_SOURCES:
             self._buckets.popitem(last=False)
-        if not admitted:
-            wait_s = (1 - level) * 60 / self._per_minute
-            raise PeerError(429, "rate", "too many enrolment calls from this address", retry_after_s=wait_s)
+        return 0 if admitted else (1 - level) * 60 / self._per_minute

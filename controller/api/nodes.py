@@ -28,19 +28,37 @@ from controller.trust.authority import Authority
 __all__ = ["node_routes", "readiness_route"]
 
 MAX_ENROL_BYTES = 64 * 1024
+MEMBER_PER_MINUTE = (
+    240  # challenges and pushes with one certificate; a node makes two each interval, which is a second at least
+)
 _OVERHEAD_BYTES = 64 * 1024  # around the Evidence
 
 
-def node_routes(joining: Joining, authority: Authority, limiter: Limiter, evidence_bytes: int) -> list[Route]:
-    """Return the table's rows for nodes."""
+def node_routes(joining: Joining, authority: Authority, per_minute: int, evidence_bytes: int) -> list[Route]:
+    """Return the table's rows for nodes.
+
+    Args:
+        joining: does the work.
+        authority: the controller's keys.
+        per_minute: enrolment calls that are taken from an address, and as many pushes and challenges without a certificate.
+        evidence_bytes: limit of Evidence.
+    """
     limit = min(MAX_EVIDENCE_BYTES, evidence_bytes) + _OVERHEAD_BYTES
+    enrolments, strangers, members = Limiter(per_minute), Limiter(per_minute), Limiter(MEMBER_PER_MINUTE)
+
+    def admit_enrolment(source: str, _spki: str | None) -> None:
+        enrolments.admit(source)
+
+    def admit_push(source: str, spki: str | None) -> None:
+        if spki is None:
+            strangers.admit(source)
+        else:
+            members.admit(spki)
 
     async def begin(call: Call) -> EnrolChallenge:
-        limiter.admit(call.source)
         return await joining.begin(call.body)
 
     async def complete(call: Call) -> EnrolGrant:
-        limiter.admit(call.source)
         enrolment = await joining.take(call.request.match_info["enrolment"])
         call.concerns(enrolment.node)
         return await joining.complete(enrolment, call.body)
@@ -57,19 +75,19 @@ def node_routes(joining: Joining, authority: Authority, limiter: Limiter, eviden
     return [
         Route(
             "POST", ENROL_PATH, "Show a TPM's keys; get a credential for it", begin,
-            body=EnrolRequest, answer=EnrolChallenge, limit_bytes=MAX_ENROL_BYTES, kind="node.enrol", refusals=(403, 409, 422, 429),
+            body=EnrolRequest, answer=EnrolChallenge, limit_bytes=MAX_ENROL_BYTES, kind="node.enrol", refusals=(403, 409, 422, 429), admit=admit_enrolment,
         ),
         Route(
             "POST", ENROL_PATH + "/{enrolment}", "Show the opened credential and the first Evidence", complete,
-            body=EnrolProof, answer=EnrolGrant, limit_bytes=limit, kind="node.enrol", refusals=(403, 409, 422, 429),
+            body=EnrolProof, answer=EnrolGrant, limit_bytes=limit, kind="node.enrol", refusals=(403, 409, 422, 429), admit=admit_enrolment,
         ),
         Route(
             "POST", CHALLENGE_PATH, "Get a nonce for pushed Evidence", challenge,
-            body=ChallengeRequest, answer=Challenge, limit_bytes=1024, kind="node.push", refusals=(404,),
+            body=ChallengeRequest, answer=Challenge, limit_bytes=1024, kind="node.push", refusals=(404, 429), admit=admit_push,
         ),
         Route(
             "POST", EVIDENCE_PATH, "Push Evidence; renew a certificate", evidence,
-            body=PushedEvidence, answer=PushAnswer, limit_bytes=limit, kind="node.push", refusals=(404, 409, 422),
+            body=PushedEvidence, answer=PushAnswer, limit_bytes=limit, kind="node.push", refusals=(404, 409, 422, 429), admit=admit_push,
         ),
         Route("GET", "/.well-known/jwks.json", "Keys that verify Attestation Results", jwks, answer=dict[str, list[dict[str, str]]]),
     ]  # fmt: skip

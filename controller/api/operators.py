@@ -295,8 +295,7 @@ class Operators:
         if not (sequence.isascii() and sequence.isdigit() and len(sequence) < 16):  # noqa: PLR2004 -- digits
             raise PeerError(400, "query", "the number of a record")
         async with self.database.begin() as connection:
-            now = await audit.head(connection)
-            record, proof = await audit.prove(connection, int(sequence))
+            record, proof, now = await audit.prove(connection, int(sequence))
         return {
             "record": record.decode(),
             "index": int(sequence),

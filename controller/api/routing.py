@@ -4,9 +4,9 @@ Rules:
 
 1. An operator's route names its action, and is authorized before its body is read.
 2. A refusal is ``{"error", "check"}`` with the status that fits its blame, never a traceback; one that speaks of a node or of a right is in the
-   audit log.
+   audit log; of callers that have proven nothing within the limits of :mod:`controller.api.refusals`.
 3. Every answer is counted by its route and status, a call of a node that joins by the check that refused it, too.
-4. A body is read up to the route's limit and within :data:`BODY_TIMEOUT_S`; compressed bodies are not taken.
+4. Who calls too often is refused before a body is read. A body is read up to the route's limit and within :data:`BODY_TIMEOUT_S`; compressed bodies are not taken.
 5. A refusal's record names the node that the body speaks of, also where the body is refused for what else stands in it; it is the peer's word.
 """
 
@@ -25,6 +25,7 @@ from agent import clock
 from agent.attest.enrolment import ENROL_PATH, NodeId
 from agent.errors import ConfigError, EdgeWardenError, HostError, PeerError, PolicyError, VerificationError
 from agent.records import Principal
+from controller.api.refusals import Refusals
 from controller.metrics import Figures
 from controller.store import admins, audit
 from controller.store.database import Database, StoreError
@@ -106,6 +107,7 @@ class Route:
         kind: of the audit record when it is refused; empty: refusals are not recorded.
         query: JSON Schemas of its query parameters, none of which is demanded.
         refusals: statuses besides those that follow from the fields above.
+        admit: raises where too many calls come, by the peer's address and the key of its certificate; asked before a body is read.
     """
 
     method: str
@@ -120,6 +122,7 @@ class Route:
     kind: str = ""
     query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refusals: tuple[int, ...] = ()
+    admit: Callable[[str, str | None], None] | None = None
 
 
 class _Named(msgspec.Struct):
@@ -136,15 +139,22 @@ class Surface:
         authorizer: decides what an operator may do.
         tokens: reads bearer tokens, where they are taken.
         figures: where answers are counted.
+        refusals: decides which are recorded.
     """
 
     def __init__(
-        self, database: Database, authorizer: Authorizer, tokens: TokenReader | None, figures: Figures
+        self,
+        database: Database,
+        authorizer: Authorizer,
+        tokens: TokenReader | None,
+        figures: Figures,
+        refusals: Refusals,
     ) -> None:
         self._database = database
         self._authorizer = authorizer
         self._tokens = tokens
         self._figures = figures
+        self._refusals = refusals
 
     def application(self, routes: list[Route]) -> web.Application:
         """Return the server of a table."""
@@ -181,12 +191,15 @@ class Surface:
                 if route.action is not None:
                     principal = await self._identify(request, spki)
                     self._authorizer.require(principal, route.action)
+                if route.admit is not None:
+                    route.admit(source, spki)
                 _check_text(request)
                 body = await _body(request, route)
                 answer = await route.handler(Call(request, principal, body, spki, source))
             except EdgeWardenError as error:
-                who = principal.id if principal else f"peer/{source}"
-                await self._record(route, request, who, error)
+                check = request[_CHECK] = _check_of(error)
+                if principal is not None or self._refusals.has_record(source, check):
+                    await self._record(route, request, principal.id if principal else f"peer/{source}", error)
                 return _refusal(error)
             if isinstance(answer, web.StreamResponse):
                 return answer
@@ -209,7 +222,7 @@ class Surface:
         return Principal(id=f"admin/{name}", kind="mtls", roles=(role,))
 
     async def _record(self, route: Route, request: web.Request, who: str, error: EdgeWardenError) -> None:
-        check = request[_CHECK] = _check_of(error)
+        check = _check_of(error)
         _log.warning("call_refused", path=request.path, principal=who, check=check, error=str(error))
         if isinstance(error, StoreError) or not (route.action or route.kind):
             return
@@ -256,13 +269,14 @@ async def _body(request: web.Request, route: Route) -> Any:  # noqa: ANN401 -- o
     except TimeoutError:
         raise PeerError(408, "slow_body", f"the body did not come within {BODY_TIMEOUT_S} s") from None
     whole = b"".join(parts)
+    # A RecursionError is what the decoder makes of brackets in brackets: the sender's doing, like any other malformed text.
     try:
         request[_NODE] = msgspec.json.decode(whole, type=_Named).node
-    except ValueError:
+    except (ValueError, RecursionError):
         request[_NODE] = ""  # it names no node, or is refused as a whole by what follows
     try:
         return msgspec.json.decode(whole, type=route.body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PeerError(400, "encoding", f"the body is not what this call takes: {error}") from error
 
 
@@ -298,7 +312,11 @@ def _refusal(error: EdgeWardenError) -> web.Response:
     headers = {}
     if isinstance(error, PeerError) and error.retry_after_s is not None:
         headers["Retry-After"] = str(int(error.retry_after_s) + 1)
-    words = str(error) if not isinstance(error, StoreError) else "the controller's database does not answer: come again"
+    words = str(error)
+    if isinstance(error, StoreError):
+        words = "the controller's database does not answer: come again"
+    elif isinstance(error, HostError):  # paths and addresses of its own are for its log
+        words = "the controller can't do its part now: its log says why"
     return web.json_response({"error": words, "check": _check_of(error)}, status=_status_of(error), headers=headers)
 
 

@@ -3,11 +3,13 @@
 1. The Reference Values are the group's; the node's own boot PCRs at enrolment go with them, for rules of mode ``pinned``.
 2. The appraiser is the node's own (:mod:`agent.attest.appraisal`). What a log says is read from the database only when a node's log has grown or
    its group has new Reference Values: in between the kept judgement holds.
-3. What was found is kept, with history, audit record and events, in one transaction; only then is the result signed and told.
+3. What a node sends may be long, and costs those alone that wait for it: its appraisal leaves the event loop.
+4. What was found is kept, with history, audit record and events, in one transaction; only then is the result signed and told.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -32,6 +34,7 @@ from controller.trust.authority import Authority
 __all__ = ["Appraiser", "Connect", "Finding"]
 
 MAX_CACHED_VERSIONS = 1024
+MAX_INLINE_BYTES = 128 * 1024  # of Evidence and of a log's state, for an appraisal in the event loop: some milliseconds
 _BUILD = f"edgewarden-controller {__version__}"
 _NOTHING_APPROVED = ReferenceValues(
     measurement=Measurement(14), policy=PolicyReference(assigned="0" * 64), configs=frozenset()
@@ -94,27 +97,26 @@ class Appraiser:
             StoreError: what is needed can't be read.
         """
         reference = await self.reference(connect, node.group, node.version)
-        try:
-            return self._appraise(node, reference, evidence, nonce, spki)
-        except StateNeededError:
-            async with connect() as connection:
-                verified = await fleet.with_state(connection, node)
-            return self._appraise(replace(node, verified=verified), reference, evidence, nonce, spki)
-
-    def _appraise(
-        self, node: NodeRecord, reference: ReferenceValues, evidence: bytes, nonce: bytes, spki_sha256: str
-    ) -> Finding:
         expect = Expectation(
             nonce=nonce,
             ak_public=node.ak_public,
             reference=reference,
-            control_spki_sha256=spki_sha256,
+            control_spki_sha256=spki,
             verified=node.verified,
             enrolled_pcrs=node.boot_pcrs,
         )
-        began_ns = time.perf_counter_ns()
-        appraisal = appraise(evidence, expect)
-        self._figures.appraisal_s.observe((time.perf_counter_ns() - began_ns) / 1e9)
+        work = len(evidence)
+        try:
+            appraisal, took_s = await _timed(evidence, expect, work)
+        except StateNeededError:
+            async with connect() as connection:
+                verified, size = await fleet.with_state(connection, node)
+            node, work = replace(node, verified=verified), work + size
+            appraisal, took_s = await _timed(evidence, replace(expect, verified=verified), work)
+        self._figures.appraisal_s.observe(took_s)
+        return self._finding(node, reference, appraisal, nonce)
+
+    def _finding(self, node: NodeRecord, reference: ReferenceValues, appraisal: Appraisal, nonce: bytes) -> Finding:
         now_us = clock.now_us()
         checks = tuple(
             CheckResult(check.name, check.outcome, check.words, check.entries)
@@ -215,6 +217,16 @@ class Appraiser:
             withdrawn=_withdrawn(reference),
         )
         return result.sign(self._authority.result_key, self._authority.result_kid)
+
+
+async def _timed(evidence: bytes, expect: Expectation, work_bytes: int) -> tuple[Appraisal, float]:
+    """Appraise, on another thread where it takes longer than everybody else should wait; returns how long it took, too."""
+
+    def work() -> tuple[Appraisal, float]:
+        began_ns = time.perf_counter_ns()
+        return appraise(evidence, expect), (time.perf_counter_ns() - began_ns) / 1e9
+
+    return work() if work_bytes <= MAX_INLINE_BYTES else await asyncio.to_thread(work)
 
 
 def _withdrawn(reference: ReferenceValues) -> frozenset[str]:

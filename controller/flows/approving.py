@@ -80,6 +80,7 @@ class _Request:
     kind: str
     words: str
     by: str
+    new_interval_s: int | None = None  # of a group that is made with it; None: there must be one
 
 
 async def approve(database: Database, group: str, approval: Approval, by: str, interval_s: int) -> Change:
@@ -88,9 +89,7 @@ async def approve(database: Database, group: str, approval: Approval, by: str, i
     Raises:
         PeerError: 422, for a first approval that leaves something open, or a PCR that can't be changed.
     """
-    async with database.begin() as connection:
-        await references.add_group(connection, group, interval_s)
-    request = _Request("reference.approve", approval.words, by)
+    request = _Request("reference.approve", approval.words, by, new_interval_s=interval_s)
     return await _change(database, group, lambda values: _approved(values, approval), request)
 
 
@@ -107,6 +106,8 @@ async def withdraw(database: Database, group: str, withdrawal: Withdrawal, by: s
 async def _change(database: Database, group: str, edit: _Edit, request: _Request) -> Change:
     now_us = clock.now_us()
     async with database.begin() as connection:
+        if request.new_interval_s is not None:
+            await references.add_group(connection, group, request.new_interval_s)
         version, values = await references.current(connection, group)
         changed, what = edit(values)
         change = f"{what}: {request.words}" if request.words else what

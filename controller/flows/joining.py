@@ -1,6 +1,6 @@
 """A node joins: the controller's half of enrolment, pushed Evidence and renewal.
 
-Enrolment, first call:
+Enrolment, first call (a node that wants to be polled names an address that can be one: :mod:`controller.trust.address`):
 
 1. The join token is known, unused, in date, and for this node if for any.
 2. The endorsement key is a genuine TPM's: its certificate leads to the operator's trust store, or its digest stands on the allowlist.
@@ -46,6 +46,7 @@ from controller.store import audit, fleet, joining, schedule
 from controller.store.database import Database
 from controller.store.fleet import NewNode, NodeRecord
 from controller.store.joining import Enrolment
+from controller.trust.address import check_address
 from controller.trust.authority import Authority, Issued, request_key, spki_sha256
 from controller.trust.credential import make_credential
 from controller.trust.endorsement import EndorsementKey, allowed, verify_endorsement
@@ -75,6 +76,7 @@ class Joining:
             PeerError, VerificationError: with the first thing that does not hold.
         """
         now_us = clock.now_us()
+        check_address(request.mode, request.address)
         async with self.database.begin() as connection:
             # 1. The token.
             await joining.valid_token(connection, request.token, request.secret, request.node, now_us)
@@ -217,7 +219,8 @@ class Joining:
 
         Raises:
             PeerError: the node is not enrolled, or the nonce is not open.
-            VerificationError: a renewal whose Evidence is not authentic, or no certificate and no request for one.
+            VerificationError: a renewal whose Evidence is not authentic, or Evidence that is not authentic from who has not shown the node's own
+                certificate, or no certificate and no request for one; ``clock``, when the node should come again later.
         """
         now_us = clock.now_us()
         async with self.database.begin() as connection:
@@ -230,21 +233,26 @@ class Joining:
             raise VerificationError("spki", "no client certificate: send a certificate request with the Evidence")
         evidence, nonce = push.evidence.encode(), bytes.fromhex(push.nonce)
         finding = await self.appraiser.appraise(self.database.begin, node, evidence, nonce, spki)
+        refused = failed_check(finding) if finding.appraisal.status == "none" else None
+        if refused is not None and peer_spki_sha256 != node.spki_sha256:
+            # Neither the Evidence nor the certificate is the node's: this says something about the sender, and nothing about the node.
+            raise refused
         issued = None
         async with self.database.begin() as connection:
             await schedule.answered(connection, node.id, now_us)
             if node.mode == "push":
-                await schedule.postpone(connection, node.id, now_us + 2 * node.interval_s * 1_000_000)
-            await self.appraiser.keep(connection, finding)
-            if push.csr is not None:
-                if finding.appraisal.status == "none":
-                    raise failed_check(finding)
+                await schedule.postpone(connection, node.id, fleet.late_us(now_us, node.interval_s))
+            if not finding.appraisal.retry:  # as with a poll: nobody's fault, and the last result goes on ageing
+                await self.appraiser.keep(connection, finding)
+            if push.csr is not None and refused is None:
                 issued = self._issue(node.id, push.csr)
                 await fleet.certified(connection, node.id, issued.spki_sha256, issued.until_us)
                 await audit.append(
                     connection,
                     audit.AuditEntry(kind="node.renew", principal=f"node/{node.id}", node=node.id),
                 )
+        if refused is not None and (push.csr is not None or finding.appraisal.retry):
+            raise refused
         return PushAnswer(
             result=self.appraiser.sign(finding),
             interval_s=node.interval_s,

@@ -33,7 +33,8 @@ from controller.trust.node_tls import PinnedResponse, poll_context
 
 __all__ = ["Poller", "UnreachableError"]
 
-IDLE_S = 0.5  # between two looks for who is due
+IDLE_S = 0.5  # until the next look for who is due, where nobody was
+BETWEEN_S = 0.05  # until the next look, where somebody was: who comes together is claimed together
 STORE_RETRY_S = 2.0
 KEEP_ALIVE_S = 5
 _READ_BYTES = 256 * 1024
@@ -88,8 +89,7 @@ class Poller:
                         continue
                     self.paused = False
                     self.looked_us = clock.monotonic_us()
-                    if not found:
-                        await asyncio.sleep(IDLE_S)
+                    await asyncio.sleep(BETWEEN_S if found else IDLE_S)
         finally:
             await self.close()
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent.errors import PeerError
+from controller.store.inserting import insert_new
 from controller.store.schema import admins
 
 __all__ = ["add", "list_admins", "revoke", "role_of"]
@@ -19,15 +20,11 @@ async def add(
     """Make an admin.
 
     Raises:
-        PeerError: 409, when the name is taken; a revoked name is not given again.
+        PeerError: 409, when the name is taken or another has this key; neither is given again after a revocation.
     """
-    if (await connection.execute(select(admins.c.name).where(admins.c.name == name))).scalar() is not None:
-        raise PeerError(409, "admin_exists", f"there is an admin {name!r} already")
-    await connection.execute(
-        insert(admins).values(
-            name=name, role=role, spki_sha256=spki_sha256, expires_us=expires_us, created_us=now_us, created_by=by
-        )
-    )
+    row = {"name": name, "role": role, "spki_sha256": spki_sha256, "expires_us": expires_us}
+    if not await insert_new(connection, admins, row | {"created_us": now_us, "created_by": by}):
+        raise PeerError(409, "admin_exists", f"there is an admin {name!r} already, or one with this key")
 
 
 async def role_of(connection: AsyncConnection, spki_sha256: str, now_us: int) -> tuple[str, str] | None:

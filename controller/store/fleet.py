@@ -20,6 +20,7 @@ from agent.attest.appraisal import Verified
 from agent.attest.findings import Judgement
 from agent.attest.log_state import LogState
 from agent.errors import PeerError
+from controller.store.inserting import insert_new
 from controller.store.schema import challenges, groups, logs, nodes, polls, states
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "check_free",
     "find",
     "interval_of",
+    "late_us",
     "overtaken",
     "record",
     "records",
@@ -42,6 +44,11 @@ __all__ = [
 
 interval_of = func.coalesce(nodes.c.interval_s, groups.c.interval_s).label("interval_s")
 """A node's interval, in a query over ``nodes`` and ``groups``."""
+
+
+def late_us(now_us: int, interval_s: int) -> int:
+    """Return when a node that pushes now would be late."""
+    return now_us + 2 * interval_s * 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,25 +93,27 @@ async def add(connection: AsyncConnection, node: NewNode, now_us: int) -> None:
     Raises:
         PeerError: 409, when its name or its TPM is enrolled already: an operator must release it first.
     """
-    await check_free(connection, node.id, node.ek_sha256)
     interval_s = (await connection.execute(select(groups.c.interval_s).where(groups.c.name == node.group))).scalar_one()
-    await connection.execute(
-        insert(nodes).values(
-            id=node.id,
-            group_name=node.group,
-            labels=msgspec.json.encode(node.labels).decode(),
-            mode=node.mode,
-            address=node.address,
-            ek_sha256=node.ek_sha256,
-            ak_public=node.ak_public,
-            spki_sha256=node.spki_sha256,
-            boot_pcrs=msgspec.json.encode(node.boot_pcrs).decode(),
-            enrolled_us=now_us,
-            certificate_until_us=node.certificate_until_us,
-        )
-    )
-    # Nodes that come together are spread over an interval.
-    due_us = now_us + interval_s * 500_000 + secrets.randbelow(interval_s * 500_000 + 1)
+    row = {
+        "id": node.id,
+        "group_name": node.group,
+        "labels": msgspec.json.encode(node.labels).decode(),
+        "mode": node.mode,
+        "address": node.address,
+        "ek_sha256": node.ek_sha256,
+        "ak_public": node.ak_public,
+        "spki_sha256": node.spki_sha256,
+        "boot_pcrs": msgspec.json.encode(node.boot_pcrs).decode(),
+        "enrolled_us": now_us,
+        "certificate_until_us": node.certificate_until_us,
+    }
+    if not await insert_new(connection, nodes, row):
+        await check_free(connection, node.id, node.ek_sha256)
+        raise PeerError(409, "enrolled_already", "its name or its TPM was enrolled until just now: begin again")
+    if node.mode == "push":
+        due_us = late_us(now_us, interval_s)
+    else:  # Those that come together are spread over an interval.
+        due_us = now_us + interval_s * 500_000 + secrets.randbelow(interval_s * 500_000 + 1)
     await connection.execute(insert(polls).values(node=node.id, due_us=due_us, failures=0, contact_us=now_us))
 
 
@@ -188,20 +197,20 @@ def record(row: Row[Any]) -> NodeRecord:
     )
 
 
-async def with_state(connection: AsyncConnection, node: NodeRecord) -> Verified | None:
-    """Return what is verified of a node's log with the state that it says.
+async def with_state(connection: AsyncConnection, node: NodeRecord) -> tuple[Verified | None, int]:
+    """Return what is verified of a node's log with the state that it says, and how large that is, in bytes.
 
     Raises:
         PeerError: 409, when the node was appraised meanwhile.
     """
     if node.verified is None:
-        return None
+        return None, 0
     query = select(logs.c.state).join(states, states.c.node == logs.c.node)
     query = query.where(logs.c.node == node.id, states.c.pcr == node.verified.pcr)
     data = (await connection.execute(query)).scalar()
     if data is None:
         raise overtaken(node.id)
-    return msgspec.structs.replace(node.verified, state=msgspec.json.decode(data, type=LogState))
+    return msgspec.structs.replace(node.verified, state=msgspec.json.decode(data, type=LogState)), len(data)
 
 
 def overtaken(node: str) -> PeerError:

@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent.attest.reference import ReferenceValues
 from agent.errors import PeerError
+from controller.store.inserting import insert_new
 from controller.store.schema import groups, reference_values
 
 __all__ = ["add_group", "current", "get", "list_groups", "list_versions", "put"]
@@ -16,9 +17,7 @@ __all__ = ["add_group", "current", "get", "list_groups", "list_versions", "put"]
 
 async def add_group(connection: AsyncConnection, name: str, interval_s: int) -> None:
     """Make a group, if there is none of that name."""
-    found = await connection.execute(select(groups.c.name).where(groups.c.name == name).with_for_update())
-    if found.scalar() is None:
-        await connection.execute(insert(groups).values(name=name, interval_s=interval_s, version=0))
+    await insert_new(connection, groups, {"name": name, "interval_s": interval_s, "version": 0})
 
 
 async def current(connection: AsyncConnection, group: str) -> tuple[int, ReferenceValues | None]:

@@ -5,7 +5,8 @@ Rules:
 1. A node is claimed for a poll by moving its due time ahead by a whole interval, under ``FOR UPDATE SKIP LOCKED``. So whatever becomes of the
    replica that claimed it, no other polls it in this interval, and all find it due in the next.
 2. A node is polled in its own interval, or else in its group's.
-3. Whether a node answers is a fact of its own; what is thought of it (:mod:`controller.store.results`) stays as it was.
+3. A node that pushes is due when it is late: two intervals after its last push. Nothing makes it late sooner, for it hears of nothing before it pushes.
+4. Whether a node answers is a fact of its own; what is thought of it (:mod:`controller.store.results`) stays as it was.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, bindparam, select, update
+from sqlalchemy import ColumnElement, Row, and_, bindparam, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent.errors import PeerError
@@ -77,9 +78,9 @@ def _next(row: Row[Any], now_us: int) -> int:
 
 
 async def hurry(connection: AsyncConnection, group: str, now_us: int) -> None:
-    """Make all nodes of a group due within a tenth of their interval: what they are held against has changed."""
+    """Make all nodes of a group that are polled due within a tenth of its interval: what they are held against has changed."""
     interval_s = (await connection.execute(select(groups.c.interval_s).where(groups.c.name == group))).scalar_one()
-    mine = select(nodes.c.id).where(nodes.c.group_name == group)
+    mine = select(nodes.c.id).where(nodes.c.group_name == group, nodes.c.mode == "pull")
     latest = now_us + int(interval_s * 1_000_000 * JITTER)
     await connection.execute(update(polls).where(polls.c.node.in_(mine), polls.c.due_us > latest).values(due_us=latest))
 
@@ -116,7 +117,8 @@ async def set_interval(connection: AsyncConnection, node: str, interval_s: int |
     if changed.rowcount == 0:
         raise PeerError(404, "not_enrolled", f"no node {node!r} is enrolled here")
     effective = select(fleet.interval_of).join(groups, groups.c.name == nodes.c.group_name).where(nodes.c.id == node)
-    await _spread(connection, [node], (await connection.execute(effective)).scalar_one(), now_us)
+    interval_s = (await connection.execute(effective)).scalar_one()
+    await _spread(connection, nodes.c.id == node, interval_s, now_us)
 
 
 async def set_group_interval(connection: AsyncConnection, group: str, interval_s: int, now_us: int) -> None:
@@ -128,12 +130,16 @@ async def set_group_interval(connection: AsyncConnection, group: str, interval_s
     changed = await connection.execute(update(groups).where(groups.c.name == group).values(interval_s=interval_s))
     if changed.rowcount == 0:
         raise PeerError(404, "no_group", f"there is no group {group!r}")
-    mine = select(nodes.c.id).where(nodes.c.group_name == group, nodes.c.interval_s.is_(None))
-    await _spread(connection, list((await connection.execute(mine)).scalars()), interval_s, now_us)
+    mine = and_(nodes.c.group_name == group, nodes.c.interval_s.is_(None))
+    await _spread(connection, mine, interval_s, now_us)
 
 
-async def _spread(connection: AsyncConnection, names: list[str], interval_s: int, now_us: int) -> None:
-    """Make nodes due within an interval from now, each at a moment of its own."""
+async def _spread(connection: AsyncConnection, mine: ColumnElement[bool], interval_s: int, now_us: int) -> None:
+    """Make nodes due within an interval from now, each at a moment of its own; those that push never sooner than they were (rule 3)."""
+    late = fleet.late_us(now_us, interval_s)
+    pushing = select(nodes.c.id).where(mine, nodes.c.mode == "push")
+    await connection.execute(update(polls).where(polls.c.node.in_(pushing), polls.c.due_us < late).values(due_us=late))
+    names = list(await connection.scalars(select(nodes.c.id).where(mine, nodes.c.mode == "pull")))
     if names:
         await connection.execute(
             _MOVE,

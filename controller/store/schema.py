@@ -23,6 +23,7 @@ __all__ = [
     "admins",
     "audit",
     "audit_head",
+    "audit_nodes",
     "challenges",
     "deliveries",
     "enrolments",
@@ -197,6 +198,18 @@ audit_head = Table(
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("size", BigInteger, nullable=False),
     Column("peaks", LargeBinary, nullable=False),
+)
+
+audit_nodes = Table(
+    "audit_nodes",
+    metadata,
+    Column(
+        "level", Integer, primary_key=True, autoincrement=False
+    ),  # of a complete subtree over 2**level records; from 1
+    Column(
+        "position", BigInteger, primary_key=True, autoincrement=False
+    ),  # its first record's number divided by 2**level
+    Column("hash", LargeBinary, nullable=False),
 )
 
 events = Table(

@@ -6,12 +6,14 @@ Rules (RFC 7519, RFC 8725, OpenID Connect Core 1.0 section 3.1.3.7):
    algorithm is none of them.
 2. ``iss`` and ``aud`` are the configured ones; ``exp``, ``iat`` and ``sub`` are required.
 3. Roles are read from the configured claim; those that the controller does not know are left out.
-4. The JWKS is fetched over verified TLS, kept for :data:`KEEP_S`, and fetched again for a key that is not in it, but no more often than :data:`FETCH_S`.
+4. The JWKS is fetched over verified TLS, kept for :data:`KEEP_S`, and fetched again for a key that is not in it, but no more often than :data:`FETCH_S`,
+   whether that goes well or not: nobody makes the controller call the provider at will, or everybody wait for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
 from pathlib import Path
 
@@ -43,6 +45,8 @@ class OidcReader:
         self._settings = settings
         self._keys: dict[str, jwt.PyJWK] = {}
         self._fetched_us: int | None = None
+        self._tried_us: int | None = None
+        self._failure = ""
         self._turn = asyncio.Lock()
 
     async def read(self, authorization: str) -> Principal:
@@ -54,7 +58,7 @@ class OidcReader:
         """
         scheme, _, token = authorization.partition(" ")
         token = token.strip()
-        if scheme.lower() != "bearer" or not 0 < len(token) <= MAX_TOKEN_BYTES:
+        if scheme.lower() != "bearer" or not 0 < len(token) <= MAX_TOKEN_BYTES or not token.isascii():
             raise PeerError(401, "token_malformed", "the Authorization header must be 'Bearer' and one token")
         try:
             kid = jwt.get_unverified_header(token).get("kid", "")
@@ -79,14 +83,23 @@ class OidcReader:
 
     async def _key(self, kid: str) -> jwt.PyJWK:
         async with self._turn:
-            now_us = clock.monotonic_us()
-            age_s = None if self._fetched_us is None else (now_us - self._fetched_us) / 1e6
-            if age_s is None or age_s > KEEP_S or (kid not in self._keys and age_s > FETCH_S):
-                self._keys = _parse(await self._fetch())
-                self._fetched_us = now_us
-            if kid not in self._keys:
-                raise PeerError(401, "token_invalid", "the token names no key of the provider")
-            return self._keys[kid]
+            if _age_s(self._fetched_us) > KEEP_S:
+                self._keys = {}
+            if kid not in self._keys and _age_s(self._tried_us) > FETCH_S:
+                await self._refresh()
+            if kid in self._keys:
+                return self._keys[kid]
+            if self._failure:
+                raise HostError(self._failure)
+            raise PeerError(401, "token_invalid", "the token names no key of the provider")
+
+    async def _refresh(self) -> None:
+        try:
+            self._keys, self._failure = _parse(await self._fetch()), ""
+            self._fetched_us = clock.monotonic_us()
+        except HostError as error:  # the keys that are there hold for as long as they would without this attempt
+            self._failure = str(error)
+        self._tried_us = clock.monotonic_us()
 
     async def _fetch(self) -> bytes:
         where = self._settings.jwks
@@ -103,7 +116,14 @@ class OidcReader:
             ):
                 if answer.status != 200:  # noqa: PLR2004 -- OK
                     raise HostError(f"oidc.jwks: the provider answers {answer.status}")
-                return await answer.content.read(MAX_JWKS_BYTES + 1)
+                parts: list[bytes] = []
+                size = 0
+                async for part in answer.content.iter_any():
+                    parts.append(part)
+                    size += len(part)
+                    if size > MAX_JWKS_BYTES:
+                        break
+                return b"".join(parts)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise HostError(f"oidc.jwks: the provider does not answer: {error!r}") from error
 
@@ -112,6 +132,10 @@ class OidcReader:
             return ssl.create_default_context(cafile=self._settings.ca)
         except OSError as error:
             raise ConfigError(f"oidc.ca: {self._settings.ca}: {error}") from error
+
+
+def _age_s(moment_us: int | None) -> float:
+    return math.inf if moment_us is None else (clock.monotonic_us() - moment_us) / 1e6
 
 
 def _parse(document: bytes) -> dict[str, jwt.PyJWK]:

@@ -122,7 +122,7 @@ async def test_a_role_that_may_change_rows_alone_is_enough(postgres, tmp_path):
         await connection.exec_driver_sql(
             f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {name}"
         )
-        await connection.exec_driver_sql(f"REVOKE UPDATE, DELETE ON audit FROM {name}")
+        await connection.exec_driver_sql(f"REVOKE UPDATE, DELETE ON audit, audit_nodes FROM {name}")
         await connection.exec_driver_sql(f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {name}")
     await owner.close()
     config = await asyncio.to_thread(controller_home, tmp_path, VENDOR.pem(), "--database", rows)
@@ -136,6 +136,7 @@ async def test_a_role_that_may_change_rows_alone_is_enough(postgres, tmp_path):
         ("DROP TABLE audit", "must be owner"),
         ("DELETE FROM audit", "permission denied"),
         ("UPDATE audit SET record = 'x'", "permission denied"),
+        ("UPDATE audit_nodes SET hash = 'x'", "permission denied"),
         ("CREATE TABLE more (id int)", "permission denied"),
     ):
         with pytest.raises(StoreError, match=words):

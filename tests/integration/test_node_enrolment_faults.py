@@ -185,7 +185,6 @@ async def test_each_refusal_of_a_real_controller_reaches_the_terminal(template, 
 def test_a_node_that_is_killed_while_it_enrols_is_enrolled_or_not(template, tmp_path, controller, moment):
     """It starts in the old state or in the new, never in between, and can be enrolled in the end."""
     with running(template, tmp_path) as (node, _):
-
         agent = node.process
         assert agent is not None
 

@@ -5,6 +5,7 @@ For the controller's tests and for fleets. What needs a TPM to be true is tested
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import hashlib
 import hmac
@@ -12,7 +13,7 @@ import socket
 import ssl
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from cryptography.hazmat.primitives.kdf.concatkdf import ConcatKDFHash
 from cryptography.hazmat.primitives.kdf.kbkdf import KBKDFHMAC, CounterLocation, Mode
 from cryptography.x509.oid import NameOID
 
-from agent.attest.enrolment import EnrolChallenge, EnrolProof, EnrolRequest, JoinToken
+from agent.attest.enrolment import EnrolChallenge, EnrolProof, EnrolRequest, JoinToken, PushedEvidence
 from agent.attest.measurement import Entry, boot_aggregate
 from agent.attest.structures import parse_ak_public
 from tests.support.attest import BOOT_PCRS, ENTRIES, Attester
@@ -199,6 +200,26 @@ class SoftwareNode:
             self.grant = await answer.json()
         return self.grant
 
+    @contextlib.asynccontextmanager
+    async def session(self) -> AsyncIterator[aiohttp.ClientSession]:
+        """Show the granted certificate to the controller."""
+        context = ssl.create_default_context(cadata=self.grant["ca"])
+        self._load(context, self.grant["certificate"])
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as session:
+            yield session
+
+    async def push(
+        self, session: aiohttp.ClientSession, url: str, *, about: str | None = None, csr: bytes | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """Ask for a challenge and push Evidence over it, in the name of ``about``; returns status and answer."""
+        async with session.post(f"{url}/node/v1/challenge", json={"node": about or self.id}) as answer:
+            assert answer.status == 200, await answer.text()
+            challenge = await answer.json()
+        evidence = self.evidence(bytes.fromhex(challenge["nonce"]), min(challenge["from"], len(self.entries)))
+        pushed = PushedEvidence(node=about or self.id, nonce=challenge["nonce"], evidence=evidence, csr=csr)
+        async with session.post(f"{url}/node/v1/evidence", data=pushed.encode()) as answer:
+            return answer.status, await answer.json()
+
     # --- its control listener
 
     def application(self) -> web.Application:
@@ -224,7 +245,10 @@ class SoftwareNode:
         """TLS with the control key; before the grant with a certificate of its own, for its key is what counts."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        certificate = self.grant.get("certificate") or self._self_signed()
+        self._load(context, self.grant.get("certificate") or self._self_signed())
+        return context
+
+    def _load(self, context: ssl.SSLContext, certificate: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             chain, key = Path(folder) / "c.pem", Path(folder) / "k.pem"
             chain.write_text(certificate)
@@ -234,7 +258,6 @@ class SoftwareNode:
                 )
             )
             context.load_cert_chain(chain, key)
-        return context
 
     def _self_signed(self) -> str:
         builder = x509.CertificateBuilder().subject_name(_name(self.id)).issuer_name(_name(self.id))
