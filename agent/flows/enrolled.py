@@ -12,6 +12,7 @@ Rules:
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Mapping
@@ -302,6 +303,8 @@ class EnrolmentStore:
         except FileNotFoundError:
             return None
         except OSError as error:
+            if error.errno == errno.ELOOP:  # a symbolic link, which is not followed
+                raise VerificationError(_CHECK, f"{name} is no file") from error
             raise self._failure(name, error) from error
         if not stat.S_ISREG(mode):
             raise VerificationError(_CHECK, f"{name} is no file")

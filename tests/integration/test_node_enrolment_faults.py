@@ -20,6 +20,7 @@ from tests.support.chaos import Client, prepare_template, running, wait_until
 from tests.support.controller import FakeController, pem
 from tests.support.controller_service import controller_home, desk
 from tests.support.node import build_policy
+from tests.support.node_terminal import attest, enrol, enrolled, kept, status
 from tools.demo_node import ROOT, edgewarden
 from tools.software_tpm import free_port
 
@@ -37,35 +38,6 @@ def template(tmp_path_factory):
 def controller():
     with FakeController() as found:
         yield found
-
-
-def attest(node, *words, text=""):
-    """Run ``edgewarden attest`` as an operator does; returns exit code, output and the last words."""
-    where = ("--socket", node.root / "run" / "admin.sock")
-    command = [sys.executable, "-m", "agent.cli", "attest", *map(str, (*words, *where))]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, input=text, timeout=60)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout, done.stderr
-
-
-def enrol(node, controller, *words):
-    mode = words or ("--mode", "push")
-    return attest(node, "enrol", "--token-file", "-", *mode, text=controller.token())
-
-
-def enrolled(node, controller, *words):
-    code, _, complaint = enrol(node, controller, *words)
-    assert code == 0, complaint
-
-
-def status(node):
-    code, output, complaint = attest(node, "status", "--json")
-    assert code == 0, complaint
-    return json.loads(output)
-
-
-def kept(node):
-    return {path.name: path.read_bytes() for path in (node.root / "state" / "controller").glob("*")}
 
 
 def serves(node):
