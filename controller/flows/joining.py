@@ -198,8 +198,12 @@ class Joining:
 
     # --- afterwards
 
-    async def challenge(self, name: str) -> Challenge:
+    async def challenge(self, name: str, peer_spki_sha256: str | None) -> Challenge:
         """Give a nonce for pushed Evidence.
+
+        Args:
+            name: of the node.
+            peer_spki_sha256: key of the client certificate, if any: what others ask for displaces none of the node's own nonces.
 
         Raises:
             PeerError: 404, when no such node is enrolled.
@@ -207,7 +211,8 @@ class Joining:
         nonce = secrets.token_hex(NONCE_BYTES)
         async with self.database.begin() as connection:
             node = await fleet.find(connection, name)
-            await joining.add_challenge(connection, name, nonce, clock.now_us() + CHALLENGE_S * 1_000_000)
+            own = peer_spki_sha256 == node.spki_sha256
+            await joining.add_challenge(connection, name, nonce, clock.now_us() + CHALLENGE_S * 1_000_000, own=own)
         return Challenge(nonce=nonce, start=node.verified.index if node.verified else 0)
 
     async def pushed(self, push: PushedEvidence, peer_spki_sha256: str | None) -> PushAnswer:
