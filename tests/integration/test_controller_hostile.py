@@ -271,3 +271,22 @@ async def test_a_revocation_holds_for_a_call_whose_body_is_on_its_way(office):
         status, answer = await call
     assert (status, answer["check"]) == (403, "no_admin")
     assert len(await office.call("GET", "/v1/groups/default/references")) == before
+
+
+@pytest.mark.parametrize("mode", ["pull", "push"])
+async def test_a_clock_that_no_database_holds_costs_the_node_its_trust(office, mode):
+    """Root on a node may set its TPM's clock far ahead; that neither keeps its last result nor ends the controller."""
+    node = SoftwareNode(vendor=VENDOR)
+    runner = await node.serve()
+    try:
+        await node.enrol(office.anyone, office.url, await office.token(), mode=mode)
+        node.attester.clock = dataclasses.replace(node.attester.clock, clock=2**63)
+        if mode == "pull":
+            await office.call("POST", "/v1/nodes/edge-1/poll")
+        else:
+            async with node.session() as session:
+                assert (await node.push(session, office.url))[0] == 200
+    finally:
+        await runner.cleanup()
+    shown = await office.node("edge-1")
+    assert (shown["status"], [check["name"] for check in shown["checks"]]) == ("none", ["clock"])
