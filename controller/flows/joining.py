@@ -11,7 +11,7 @@ Enrolment, first call (a node that wants to be polled names an address that can 
 Second call:
 
 6. The secret is the one that was in the credential: attestation key and endorsement key live in one TPM.
-7. The Evidence is authentic, over the nonce, by that attestation key, for the key that is to be certified.
+7. The Evidence is authentic, over the nonce, by that attestation key, for the key that is to be certified, and its PCR values are the quoted ones.
 8. The token is used up, the node written, its first result kept and its certificate issued in one transaction.
 """
 
@@ -56,6 +56,8 @@ __all__ = ["Joining"]
 ENROLMENT_S = 120
 CHALLENGE_S = 120
 SECRET_BYTES = 32
+_UNPROVEN = frozenset({"spki", "pcr-selection", "pcr-digest"})
+"""Checks without which an enrolment would keep something that nobody has proven: the key that is certified, the boot PCRs that rules are pinned to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +189,7 @@ class Joining:
         failed = finding.appraisal.failed
         if finding.appraisal.claims is None:
             raise failed_check(finding)
-        if failed is not None and failed.name == "spki":
+        if failed is not None and failed.name in _UNPROVEN:
             raise failed_check(finding)
         if finding.appraisal.claims.node != node.id:
             raise VerificationError("node", f"the Evidence speaks of {finding.appraisal.claims.node}")

@@ -6,10 +6,12 @@ import datetime as dt
 import ssl
 from base64 import b64encode
 
+import msgspec
 import pytest
 
 from agent import clock
 from agent.attest.enrolment import EnrolChallenge
+from agent.attest.evidence import PcrValues
 from tests.support.controller_service import controller_home, desk
 from tests.support.software_node import SoftwareNode, Vendor, _bytes
 
@@ -290,3 +292,18 @@ async def test_a_clock_that_no_database_holds_costs_the_node_its_trust(office, m
         await runner.cleanup()
     shown = await office.node("edge-1")
     assert (shown["status"], [check["name"] for check in shown["checks"]]) == ("none", ["clock"])
+
+
+async def test_boot_pcrs_that_no_quote_holds_enrol_nobody(office):
+    """What later boots are held against is what the TPM has signed, and not what was written beside it."""
+    node = SoftwareNode(vendor=VENDOR)
+    challenge = await _begin(office, node, await office.token())
+    proof = node.proof(challenge)
+    values = proof.evidence.pcrs.sha256 | {7: "7" * 64}
+    evidence = msgspec.structs.replace(proof.evidence, pcrs=PcrValues(values))
+    forged = msgspec.structs.replace(proof, evidence=evidence).encode()
+    status, answer = await _send(
+        office.anyone, "POST", f"{office.url}/node/v1/enrol/{challenge.enrolment}", data=forged
+    )
+    assert (status, answer["check"]) == (422, "pcr-digest")
+    assert (await office.call("GET", "/v1/nodes"))["nodes"] == []
