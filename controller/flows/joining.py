@@ -246,14 +246,16 @@ class Joining:
             raise refused
         issued = None
         async with self.database.begin() as connection:
+            # Locks in the order of every other change: the node, its schedule, its state, the audit log's head.
+            if push.csr is not None and refused is None:
+                issued = self._issue(node.id, push.csr)
+                await fleet.certified(connection, node.id, issued.spki_sha256, issued.until_us)
             await schedule.answered(connection, [node.id], now_us)
             if node.mode == "push":
                 await schedule.postpone(connection, node.id, schedule.late_us(now_us, node.interval_s))
             if not finding.appraisal.retry:  # as with a poll: nobody's fault, and the last result goes on ageing
                 await self.appraiser.keep(connection, finding)
-            if push.csr is not None and refused is None:
-                issued = self._issue(node.id, push.csr)
-                await fleet.certified(connection, node.id, issued.spki_sha256, issued.until_us)
+            if issued is not None:
                 await audit.append(
                     connection,
                     audit.AuditEntry(kind="node.renew", principal=f"node/{node.id}", node=node.id),
