@@ -12,7 +12,7 @@ Every check has a stable name (:data:`CHECKS`) and they run in that order:
 8.  ``spki``: the keys in the claims are those that the peers of these connections have shown.
 9.  ``pcr-selection``: the *attested* selection is the demanded one.
 10. ``pcr-digest``: the PCR values are the attested ones.
-11. ``clock``: never behind the last verified one; resetCount does not fall. An unsafe clock is *retry later*.
+11. ``clock``: never behind the last verified one, nor past what it can have come to; resetCount does not fall. An unsafe clock is *retry later*.
 12. ``log-replay``: the entries continue the verified log, are as many as claimed and replay to the quoted PCR.
 13. ``models``, 14. ``refused``, 15. ``config``, 16. ``policy``: the replayed state against the Reference Values
     (:mod:`agent.attest.findings`).
@@ -77,6 +77,9 @@ CHECKS = (
     "boot-aggregate",
     "boot-pcrs",
 )
+
+MAX_CLOCK_MS = 2**63 - 1
+"""A TPM's clock has 64 bits, and its owner may set it ahead; a Verifier's database has one bit less."""
 
 _SKIPPED = {name: Check(name, "skipped") for name in CHECKS}
 _OK = {name: Check(name, "ok") for name in CHECKS}
@@ -272,6 +275,8 @@ def _check_clock(clock: ClockInfo, verified: Verified | None) -> None:
         raise VerificationError(
             "clock", f"resetCount fell from {verified.reset_count} to {clock.reset_count}: TPM cleared, enrol again"
         )
+    if clock.clock > MAX_CLOCK_MS:
+        raise VerificationError("clock", f"the TPM's clock was set to {clock.clock} ms: it never ran so long")
     if not clock.safe:
         raise _RetryLaterError("clock", "the TPM's clock is not safe yet after a loss of power: retry later")
     if verified is None:

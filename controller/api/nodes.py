@@ -64,7 +64,7 @@ def node_routes(joining: Joining, authority: Authority, per_minute: int, evidenc
         return await joining.complete(enrolment, call.body)
 
     async def challenge(call: Call) -> Challenge:
-        return await joining.challenge(call.body.node)
+        return await joining.challenge(call.body.node, call.peer_spki_sha256)
 
     async def evidence(call: Call) -> PushAnswer:
         return await joining.pushed(call.body, call.peer_spki_sha256)

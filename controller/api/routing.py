@@ -2,7 +2,7 @@
 
 Rules:
 
-1. An operator's route names its action, and is authorized before its body is read.
+1. An operator's route names its action, and is authorized before its body is read, and again when it is there.
 2. A refusal is ``{"error", "check"}`` with the status that fits its blame, never a traceback; one that speaks of a node or of a right is in the
    audit log; of callers that have proven nothing within the limits of :mod:`controller.api.refusals`.
 3. Every answer is counted by its route and status, a call of a node that joins by the check that refused it, too.
@@ -195,6 +195,10 @@ class Surface:
                     route.admit(source, spki)
                 _check_text(request)
                 body = await _body(request, route)
+                if route.action is not None and route.body is not None:
+                    # A body may take its time, and its sender's right may be gone by then.
+                    principal = await self._identify(request, spki)
+                    self._authorizer.require(principal, route.action)
                 answer = await route.handler(Call(request, principal, body, spki, source))
             except EdgeWardenError as error:
                 check = request[_CHECK] = _check_of(error)

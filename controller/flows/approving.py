@@ -115,8 +115,9 @@ async def _change(database: Database, group: str, edit: _Edit, request: _Request
         entry = audit.AuditEntry(
             kind=request.kind, principal=request.by, words=change, detail={"group": group, "version": number}
         )
-        await audit.append(connection, entry)
+        # The audit log's head is locked last, here as wherever a node's row of the schedule is: in another order two wait for each other.
         await schedule.hurry(connection, group, now_us)
+        await audit.append(connection, entry)
     return Change(group, number, change)
 
 

@@ -11,7 +11,7 @@ Enrolment, first call (a node that wants to be polled names an address that can 
 Second call:
 
 6. The secret is the one that was in the credential: attestation key and endorsement key live in one TPM.
-7. The Evidence is authentic, over the nonce, by that attestation key, for the key that is to be certified.
+7. The Evidence is authentic, over the nonce, by that attestation key, for the key that is to be certified, and its PCR values are the quoted ones.
 8. The token is used up, the node written, its first result kept and its certificate issued in one transaction.
 """
 
@@ -56,6 +56,8 @@ __all__ = ["Joining"]
 ENROLMENT_S = 120
 CHALLENGE_S = 120
 SECRET_BYTES = 32
+_UNPROVEN = frozenset({"spki", "pcr-selection", "pcr-digest"})
+"""Checks without which an enrolment would keep something that nobody has proven: the key that is certified, the boot PCRs that rules are pinned to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +189,7 @@ class Joining:
         failed = finding.appraisal.failed
         if finding.appraisal.claims is None:
             raise failed_check(finding)
-        if failed is not None and failed.name == "spki":
+        if failed is not None and failed.name in _UNPROVEN:
             raise failed_check(finding)
         if finding.appraisal.claims.node != node.id:
             raise VerificationError("node", f"the Evidence speaks of {finding.appraisal.claims.node}")
@@ -198,8 +200,12 @@ class Joining:
 
     # --- afterwards
 
-    async def challenge(self, name: str) -> Challenge:
+    async def challenge(self, name: str, peer_spki_sha256: str | None) -> Challenge:
         """Give a nonce for pushed Evidence.
+
+        Args:
+            name: of the node.
+            peer_spki_sha256: key of the client certificate, if any: what others ask for displaces none of the node's own nonces.
 
         Raises:
             PeerError: 404, when no such node is enrolled.
@@ -207,7 +213,8 @@ class Joining:
         nonce = secrets.token_hex(NONCE_BYTES)
         async with self.database.begin() as connection:
             node = await fleet.find(connection, name)
-            await joining.add_challenge(connection, name, nonce, clock.now_us() + CHALLENGE_S * 1_000_000)
+            own = peer_spki_sha256 == node.spki_sha256
+            await joining.add_challenge(connection, name, nonce, clock.now_us() + CHALLENGE_S * 1_000_000, own=own)
         return Challenge(nonce=nonce, start=node.verified.index if node.verified else 0)
 
     async def pushed(self, push: PushedEvidence, peer_spki_sha256: str | None) -> PushAnswer:
@@ -239,14 +246,16 @@ class Joining:
             raise refused
         issued = None
         async with self.database.begin() as connection:
+            # Locks in the order of every other change: the node, its schedule, its state, the audit log's head.
+            if push.csr is not None and refused is None:
+                issued = self._issue(node.id, push.csr)
+                await fleet.certified(connection, node.id, issued.spki_sha256, issued.until_us)
             await schedule.answered(connection, node.id, now_us)
             if node.mode == "push":
                 await schedule.postpone(connection, node.id, fleet.late_us(now_us, node.interval_s))
             if not finding.appraisal.retry:  # as with a poll: nobody's fault, and the last result goes on ageing
                 await self.appraiser.keep(connection, finding)
-            if push.csr is not None and refused is None:
-                issued = self._issue(node.id, push.csr)
-                await fleet.certified(connection, node.id, issued.spki_sha256, issued.until_us)
+            if issued is not None:
                 await audit.append(
                     connection,
                     audit.AuditEntry(kind="node.renew", principal=f"node/{node.id}", node=node.id),

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgspec
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import and_, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent.errors import PeerError
@@ -31,7 +31,7 @@ __all__ = [
     "valid_token",
 ]
 
-MAX_CHALLENGES = 4  # open at a time for one node
+MAX_CHALLENGES = 4  # open at a time for one node, of each kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +154,12 @@ async def take_enrolment(connection: AsyncConnection, name: str, now_us: int) ->
     return Enrolment(**dict(row._mapping))  # noqa: SLF001 -- SQLAlchemy's public name for it
 
 
-async def add_challenge(connection: AsyncConnection, node: str, nonce: str, expires_us: int) -> None:
-    """Keep a nonce for a node; its oldest open ones go."""
-    mine = challenges.c.node == node
+async def add_challenge(connection: AsyncConnection, node: str, nonce: str, expires_us: int, *, own: bool) -> None:
+    """Keep a nonce for a node; the oldest open ones go, of those that it has asked for itself (``own``) or of those that anybody may have asked for."""
+    mine = and_(challenges.c.node == node, challenges.c.own.is_(own))
     kept = select(challenges.c.nonce).where(mine).order_by(challenges.c.expires_us.desc()).limit(MAX_CHALLENGES - 1)
     await connection.execute(delete(challenges).where(mine, challenges.c.nonce.not_in(kept)))
-    await connection.execute(insert(challenges).values(nonce=nonce, node=node, expires_us=expires_us))
+    await connection.execute(insert(challenges).values(nonce=nonce, node=node, expires_us=expires_us, own=own))
 
 
 async def take_challenge(connection: AsyncConnection, node: str, nonce: str, now_us: int) -> None:

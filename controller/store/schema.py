@@ -17,6 +17,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
 )
 
 __all__ = [
@@ -171,6 +172,7 @@ challenges = Table(
     Column("nonce", String(64), primary_key=True),
     Column("node", String(64), nullable=False, index=True),
     Column("expires_us", BigInteger, nullable=False, index=True),
+    Column("own", Boolean, nullable=False, server_default=false()),  # asked for under the node's own certificate
 )
 
 admins = Table(

@@ -121,3 +121,17 @@ async def test_a_long_log_holds_up_nobody_else(office, monkeypatch):
     finally:
         await runner.cleanup()
     assert (await office.node("edge-1"))["log_entries"] == len(node.entries)
+
+
+@pytest.mark.parametrize("stranger", ["anybody", "another node"])
+async def test_what_strangers_ask_for_displaces_no_nonce_of_a_node_s_own(office, stranger):
+    """A node that shows its certificate can answer its challenge, however many others were asked for in its name."""
+    node, other = (SoftwareNode(id=f"edge-{number}", vendor=VENDOR) for number in range(2))
+    for one in (node, other):
+        await one.enrol(office.anyone, office.url, await office.token(), mode="push", address=None)
+    async with node.session() as mine, other.session() as others:
+        challenge = await node.challenge(mine, office.url)
+        for _ in range(10):
+            await other.challenge(office.anyone if stranger == "anybody" else others, office.url, node.id)
+        status, answer = await node.answer(mine, office.url, challenge)
+    assert status == 200, answer

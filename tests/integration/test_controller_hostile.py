@@ -3,12 +3,15 @@
 import asyncio
 import dataclasses
 import datetime as dt
+import ssl
 from base64 import b64encode
 
+import msgspec
 import pytest
 
 from agent import clock
 from agent.attest.enrolment import EnrolChallenge
+from agent.attest.evidence import PcrValues
 from tests.support.controller_service import controller_home, desk
 from tests.support.software_node import SoftwareNode, Vendor, _bytes
 
@@ -231,3 +234,76 @@ async def test_the_controller_s_own_faults_are_for_its_log(config):
         status, answer = await _send(office.anyone, "GET", office.url + "/v1/nodes", headers=token)
     assert (status, answer["check"]) == (503, "")
     assert "nowhere" not in answer["error"]
+
+
+@pytest.mark.parametrize(
+    "path", [b"/v1/nodes/\xff", b"/v1/nodes/%FF", b"/v1/nodes/%00", b"/v1/nodes/%ED%A0%80", b"/\xff"]
+)
+async def test_a_path_that_is_no_text_is_a_refusal(office, path):
+    """Whatever its bytes, an answer of the 400s."""
+    port = int(office.url.rpartition(":")[2])
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    reader, writer = await asyncio.open_connection("localhost", port, ssl=context)
+    writer.write(b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    status = (await reader.readline()).split()[1]
+    writer.close()
+    assert status in {b"400", b"401", b"404"}
+
+
+async def test_a_revocation_holds_for_a_call_whose_body_is_on_its_way(office):
+    """Who was allowed when the call began, and is not when its body is there, changes nothing."""
+    node = SoftwareNode(id="eve")
+    made = {"name": "eve", "role": "approver", "csr": b64encode(node.csr()).decode()}
+    granted = await office.call("POST", "/v1/admins", made, expect=201)
+    node.grant = {"ca": granted["ca"], "certificate": granted["certificate"]}
+    before = len(await office.call("GET", "/v1/groups/default/references"))
+    is_revoked = asyncio.Event()
+
+    async def body():
+        yield b'{"config":'
+        await is_revoked.wait()
+        yield b'"' + b"3" * 64 + b'"}'
+
+    async with node.session() as eve:
+        call = asyncio.create_task(_send(eve, "POST", office.url + "/v1/groups/default/references", data=body()))
+        await asyncio.sleep(0.5)  # it is on its way
+        await office.call("DELETE", "/v1/admins/eve")
+        is_revoked.set()
+        status, answer = await call
+    assert (status, answer["check"]) == (403, "no_admin")
+    assert len(await office.call("GET", "/v1/groups/default/references")) == before
+
+
+@pytest.mark.parametrize("mode", ["pull", "push"])
+async def test_a_clock_that_no_database_holds_costs_the_node_its_trust(office, mode):
+    """Root on a node may set its TPM's clock far ahead; that neither keeps its last result nor ends the controller."""
+    node = SoftwareNode(vendor=VENDOR)
+    runner = await node.serve()
+    try:
+        await node.enrol(office.anyone, office.url, await office.token(), mode=mode)
+        node.attester.clock = dataclasses.replace(node.attester.clock, clock=2**63)
+        if mode == "pull":
+            await office.call("POST", "/v1/nodes/edge-1/poll")
+        else:
+            async with node.session() as session:
+                assert (await node.push(session, office.url))[0] == 200
+    finally:
+        await runner.cleanup()
+    shown = await office.node("edge-1")
+    assert (shown["status"], [check["name"] for check in shown["checks"]]) == ("none", ["clock"])
+
+
+async def test_boot_pcrs_that_no_quote_holds_enrol_nobody(office):
+    """What later boots are held against is what the TPM has signed, and not what was written beside it."""
+    node = SoftwareNode(vendor=VENDOR)
+    challenge = await _begin(office, node, await office.token())
+    proof = node.proof(challenge)
+    values = proof.evidence.pcrs.sha256 | {7: "7" * 64}
+    evidence = msgspec.structs.replace(proof.evidence, pcrs=PcrValues(values))
+    forged = msgspec.structs.replace(proof, evidence=evidence).encode()
+    status, answer = await _send(
+        office.anyone, "POST", f"{office.url}/node/v1/enrol/{challenge.enrolment}", data=forged
+    )
+    assert (status, answer["check"]) == (422, "pcr-digest")
+    assert (await office.call("GET", "/v1/nodes"))["nodes"] == []

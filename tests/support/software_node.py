@@ -212,9 +212,26 @@ class SoftwareNode:
         self, session: aiohttp.ClientSession, url: str, *, about: str | None = None, csr: bytes | None = None
     ) -> tuple[int, dict[str, Any]]:
         """Ask for a challenge and push Evidence over it, in the name of ``about``; returns status and answer."""
+        challenge = await self.challenge(session, url, about)
+        return await self.answer(session, url, challenge, about=about, csr=csr)
+
+    async def challenge(self, session: aiohttp.ClientSession, url: str, about: str | None = None) -> dict[str, Any]:
+        """Ask for a challenge."""
         async with session.post(f"{url}/node/v1/challenge", json={"node": about or self.id}) as answer:
             assert answer.status == 200, await answer.text()
-            challenge = await answer.json()
+            challenge: dict[str, Any] = await answer.json()
+            return challenge
+
+    async def answer(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        challenge: dict[str, Any],
+        *,
+        about: str | None = None,
+        csr: bytes | None = None,
+    ) -> tuple[int, dict[str, Any]]:
+        """Push Evidence over a challenge; returns status and answer."""
         evidence = self.evidence(bytes.fromhex(challenge["nonce"]), min(challenge["from"], len(self.entries)))
         pushed = PushedEvidence(node=about or self.id, nonce=challenge["nonce"], evidence=evidence, csr=csr)
         async with session.post(f"{url}/node/v1/evidence", data=pushed.encode()) as answer:

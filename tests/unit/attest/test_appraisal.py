@@ -172,6 +172,7 @@ FORGED = [
         EVIDENCE.encode(),
         expectation(verified=_verified(reset_count=2, clock=1001)),
     ),
+    ("clock", "the clock is set past any time", Attester(clock=replace(CLOCK, clock=2**63)).evidence().encode(), ASKED),
     ("clock", "the clock went back", EVIDENCE.encode(), expectation(verified=_verified(clock=1001))),
     ("clock", "restarts went back in one boot", EVIDENCE.encode(), expectation(verified=_verified(restart_count=1))),
     ("log-replay", "the last entry left out", _log(*ENTRIES[:-1]), ASKED),

@@ -99,7 +99,7 @@ def _upgrade(connection: Connection) -> None:
     config = Config()
     config.set_main_option("script_location", str(database_module._MIGRATIONS))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    command.upgrade(config, "0004")
 
 
 async def test_a_log_of_before_is_proven_after_the_migration(database: Database) -> None:

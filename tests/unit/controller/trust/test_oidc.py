@@ -79,12 +79,13 @@ async def test_roles_that_are_no_list_of_names_are_none(reader, roles):
         _token(sub=None),
         _token(sub=""),
         _token(sub="a\nb"),
+        _token(sub="a" * 251),
         "Bearer \udcff.\udcff.\udcff",
         "Bearer \xe4.\xe4.\xe4",
         "Bearer " + base64.urlsafe_b64encode(b'{"alg":"ES256","kid":' + b"[" * 5000).decode() + ".e30.AAAA",
         "Bearer " + base64.urlsafe_b64encode(b'{"alg":"ES256","kid":["e"]}').decode() + ".e30.AAAA",
     ],
-    ids=range(19),
+    ids=range(20),
 )
 async def test_what_is_no_token_for_this_controller_is_refused(reader, token):
     """Another scheme, size, key, algorithm, issuer, audience, time or subject: 401."""
