@@ -34,7 +34,7 @@ async def test_an_approval_and_a_poll_that_is_kept_do_not_wait_for_each_other(da
     async with database.begin() as connection:
         await fleet.add(connection, NODE, clock.now_us())
     async with database.begin() as connection:
-        await schedule.answered(connection, ["edge-1"], 1)
+        await schedule.answered(connection, "edge-1", 1)
         approval = asyncio.create_task(approve(database, "default", Approval(config="3" * 64), "admin", 3600))
         await asyncio.sleep(0.5)  # it has come as far as it can
         await audit.append(connection, audit.AuditEntry(kind="node.result", principal="controller"))
