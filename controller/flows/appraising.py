@@ -33,7 +33,8 @@ from controller.trust.authority import Authority
 
 __all__ = ["Appraiser", "Connect", "Finding"]
 
-MAX_CACHED_VERSIONS = 1024
+MAX_CACHED_FILES = 200_000  # of all versions that are held ready; some hundred bytes each
+_A_VERSION = 100  # what a version costs besides, in files
 MAX_INLINE_BYTES = 128 * 1024  # of Evidence and of a log's state, for an appraisal in the event loop: some milliseconds
 _BUILD = f"edgewarden-controller {__version__}"
 _NOTHING_APPROVED = ReferenceValues(
@@ -82,12 +83,17 @@ class Appraiser:
         if version == 0:
             return _NOTHING_APPROVED
         key = (group, version)
-        if key not in self._versions:
-            if len(self._versions) >= MAX_CACHED_VERSIONS:
-                self._versions.clear()
+        values = self._versions.pop(key, None)
+        if values is None:
             async with connect() as connection:
-                self._versions[key] = await references.get(connection, *key)
-        return self._versions[key]
+                values = await references.get(connection, *key)
+            while self._versions and self._held() + _A_VERSION + len(values.models) > MAX_CACHED_FILES:
+                del self._versions[next(iter(self._versions))]
+        self._versions[key] = values  # the last one used is the last one
+        return values
+
+    def _held(self) -> int:
+        return sum(_A_VERSION + len(values.models) for values in self._versions.values())
 
     async def appraise(self, connect: Connect, node: NodeRecord, evidence: bytes, nonce: bytes, spki: str) -> Finding:
         """Appraise Evidence that a peer with this key has sent for this nonce. Nothing that it holds is an error.
