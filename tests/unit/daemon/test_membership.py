@@ -366,3 +366,12 @@ async def test_a_renewed_certificate_is_served_and_a_node_that_left_listens_no_m
         assert await _shown(port) is None
         await world.enrol()
         assert await _shown(port) not in {None, first}
+
+
+async def test_a_renewed_certificate_is_kept_also_without_a_listener(world):
+    """A node that pushes shows it from now on, and after a restart."""
+    await world.enrol()
+    renewed = world.store.load("n1")
+    await world.membership.renewed(renewed)
+    assert world.store.load("n1") == renewed
+    assert world.membership.status()["control_spki_sha256"] == renewed.spki_sha256
