@@ -23,6 +23,7 @@ from agent.flows.enrolment import Enrolled, EnrolOrder
 from agent.flows.push import Reporter
 from agent.records import AuditEvent, Principal
 from tests.support.attest import Attester
+from tests.support.controller import Ca, pem, private_key
 from tests.support.enrolment import identity_of
 from tools.software_tpm import free_port
 
@@ -366,3 +367,15 @@ async def test_a_renewed_certificate_is_served_and_a_node_that_left_listens_no_m
         assert await _shown(port) is None
         await world.enrol()
         assert await _shown(port) not in {None, first}
+
+
+async def test_a_renewed_certificate_is_kept_also_without_a_listener(world):
+    """A node that pushes shows it from now on, and after a restart."""
+    await world.enrol()
+    first = world.store.load("n1")
+    key = private_key(first.key).public_key()
+    renewed = first.renewed(pem(Ca().issue(key, "spiffe://fleet.example/node/n1", end_s=9e5)).encode())
+    before = world.membership.status()["certificate_until"]
+    await world.membership.renewed(renewed)
+    assert world.store.load("n1") == renewed != first
+    assert world.membership.status()["certificate_until"] > before

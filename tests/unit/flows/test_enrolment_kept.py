@@ -253,3 +253,9 @@ def test_a_kill_at_any_moment_of_a_leaving_leaves_all_or_nothing(store, folder, 
         number += 1
     assert seen == {True, False}
     assert list(folder.glob("*")) == []
+
+
+def test_where_nothing_is_kept_there_is_nothing_to_forget(store, folder):
+    """And no directory is made for it."""
+    store.forget()
+    assert not folder.exists()
