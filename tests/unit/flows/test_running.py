@@ -6,7 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from agent.flows.running import SLOW_RUN_NS, Runner
+from agent.flows import running
+from agent.flows.running import Runner
+
+SLOW_RUN_NS = 50_000_000  # so long that no tracing and no neighbour makes a quick run slow
 
 
 class Session:
@@ -27,7 +30,8 @@ class Session:
 
 
 @pytest.fixture
-def runner():
+def runner(monkeypatch):
+    monkeypatch.setattr(running, "SLOW_RUN_NS", SLOW_RUN_NS)
     runner = Runner(1)
     yield runner
     runner.close()
