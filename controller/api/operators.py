@@ -76,6 +76,7 @@ class Operators:
             Route("DELETE", node, "Release a node, so that it can enrol again", self.release, "node.release", answer=dict[str, str]),
             Route("GET", "/v1/tokens", "List join tokens", self.list_tokens, "token.list", answer=Rows, query={"limit": LIMIT}),
             Route("POST", "/v1/tokens", "Make a join token", self.make_token, "token.create", body=TokenRequest, answer=TokenGrant, status=201, refusals=(404,)),
+            Route("DELETE", "/v1/tokens/{token}", "Revoke a join token that was not used", self.revoke_token, "token.revoke", answer=dict[str, str], refusals=(409,)),
             Route("GET", "/v1/groups", "List groups", self.list_groups, "reference.list", answer=Rows),
             Route("PUT", group + "/interval", "Say how often a group's nodes are polled", self.group_interval, "node.interval", body=Interval, answer=Interval),
             Route("GET", group + "/references", "List versions of Reference Values", self.versions, "reference.list", answer=Rows, query={"limit": LIMIT}),
@@ -202,6 +203,15 @@ class Operators:
             )
             await audit.append(connection, entry)
         return TokenGrant(token.id, text, token.group_name, time_of(token.expires_us))
+
+    async def revoke_token(self, call: Call) -> dict[str, str]:
+        """End a join token."""
+        name = call.request.match_info["token"]
+        async with self.database.begin() as connection:
+            await joining.revoke_token(connection, name, clock.now_us())
+            entry = audit.AuditEntry(kind="token.revoke", principal=call.by, detail={"token": name})
+            await audit.append(connection, entry)
+        return {"revoked": name}
 
     # --- Reference Values
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from urllib.parse import quote
 
 import click
 
@@ -55,3 +56,12 @@ def list_(*, client: Client, as_json: bool) -> None:
     for row in rows:
         state = f"used by {row['used_by']} at {row['used']}" if row["used"] else f"until {row['expires']}"
         click.echo(f"{row['id']} {row['group_name']:<16} {row['node'] or '-':<24} {state}")
+
+
+@command.command()
+@click.argument("token")
+@admin_option
+def revoke(*, token: str, client: Client) -> None:
+    """End a join token that was not used yet; TOKEN is its id, as `edgewarden token list` shows it."""
+    client.call("DELETE", f"/v1/tokens/{quote(token)}")
+    click.echo(f"{token}: revoked")

@@ -12,7 +12,7 @@ decision := {"allow": true, "reasons": [], "obligations": {"receipt": false}} if
 
 viewer := {"node.list", "node.show", "node.watch", "reference.list", "token.list", "admin.list", "audit.read", "hook.list", "hook.show"}
 
-operator := {"node.release", "node.poll", "node.interval", "token.create", "hook.create", "hook.delete", "hook.test"}
+operator := {"node.release", "node.poll", "node.interval", "token.create", "token.revoke", "hook.create", "hook.delete", "hook.test"}
 
 approver := {"reference.approve", "reference.withdraw", "admin.create", "admin.revoke"}
 

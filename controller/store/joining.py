@@ -24,6 +24,7 @@ __all__ = [
     "add_enrolment",
     "add_token",
     "list_tokens",
+    "revoke_token",
     "sweep",
     "take_challenge",
     "take_enrolment",
@@ -31,6 +32,7 @@ __all__ = [
     "valid_token",
 ]
 
+TOKEN_KEPT_US = 30 * 86_400 * 1_000_000  # after its time is over
 MAX_CHALLENGES = 4  # open at a time for one node, of each kind
 
 
@@ -136,6 +138,22 @@ async def list_tokens(connection: AsyncConnection, limit: int) -> list[dict[str,
     return [{**row, "labels": msgspec.json.decode(row["labels"])} for row in rows.mappings()]
 
 
+async def revoke_token(connection: AsyncConnection, name: str, now_us: int) -> None:
+    """End a token that was not used, and enrolments that have begun with it.
+
+    Raises:
+        PeerError: 404 when there is none, 409 when it was used or has ended already.
+    """
+    if (await connection.execute(select(tokens.c.id).where(tokens.c.id == name).with_for_update())).scalar() is None:
+        raise PeerError(404, "no_token", f"there is no join token {name!r}")
+    still = (tokens.c.id == name, tokens.c.used_us.is_(None), tokens.c.expires_us > now_us)
+    if (await connection.execute(update(tokens).where(*still).values(expires_us=now_us))).rowcount != 1:
+        raise PeerError(
+            409, "token_ended", "the join token was used, or its time is over; release the node that used it"
+        )
+    await connection.execute(delete(enrolments).where(enrolments.c.token == name))
+
+
 async def add_enrolment(connection: AsyncConnection, enrolment: Enrolment) -> None:
     """Keep an enrolment until its second call."""
     await connection.execute(insert(enrolments).values(**asdict(enrolment)))
@@ -178,6 +196,7 @@ async def take_challenge(connection: AsyncConnection, node: str, nonce: str, now
 
 
 async def sweep(connection: AsyncConnection, now_us: int) -> None:
-    """Delete what has expired."""
+    """Delete what has expired; of join tokens it is known for some time yet what became of them."""
+    await connection.execute(delete(tokens).where(tokens.c.expires_us <= now_us - TOKEN_KEPT_US))
     await connection.execute(delete(enrolments).where(enrolments.c.expires_us <= now_us))
     await connection.execute(delete(challenges).where(challenges.c.expires_us <= now_us))

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from agent.attest.appraisal import Verified
 from agent.attest.log_state import LogState
 from controller.store.fleet import NodeRecord, overtaken
-from controller.store.schema import logs, results, states
+from controller.store.schema import logs, nodes, results, states
 
 __all__ = ["Appraised", "history", "refresh", "save"]
 
@@ -68,7 +68,7 @@ async def save(connection: AsyncConnection, found: Appraised) -> Appraised:
         found = await _on_top(connection, found)
         await _update(connection, found, guarded=False)
     if verified is not None and verified.state is not None:
-        await _save_log(connection, before, verified.state)
+        await _save_log(connection, before.id, verified.state)
     if found.changed:
         await connection.execute(
             insert(results).values(
@@ -106,8 +106,10 @@ def _statement(columns: tuple[str, ...], *, guarded: bool) -> Update:
 
 async def _on_top(connection: AsyncConnection, found: Appraised) -> Appraised:
     """Put an appraisal on top of the one that was kept since it began."""
-    query = select(states.c.status, states.c.checks).where(*_not_older(found.before.id, found.verified))
-    kept = (await connection.execute(query.with_for_update())).one_or_none()
+    query = select(states.c.status, states.c.checks).join(nodes, nodes.c.id == states.c.node)
+    # Of the same key: who enrolled under this name since then is another.
+    query = query.where(nodes.c.ak_public == found.before.ak_public, *_not_older(found.before.id, found.verified))
+    kept = (await connection.execute(query.with_for_update(of=states))).one_or_none()
     if kept is None:
         raise overtaken(found.before.id)
     return replace(found, before=replace(found.before, status=kept.status, checks=kept.checks))
@@ -148,12 +150,11 @@ def _not_older(node: str, verified: Verified | None) -> tuple[ColumnElement[bool
     )
 
 
-async def _save_log(connection: AsyncConnection, before: NodeRecord, state: LogState) -> None:
+async def _save_log(connection: AsyncConnection, node: str, state: LogState) -> None:
     data = msgspec.json.encode(state)
-    if before.verified is None:
-        await connection.execute(insert(logs).values(node=before.id, state=data))
-    else:
-        await connection.execute(update(logs).where(logs.c.node == before.id).values(state=data))
+    written = await connection.execute(update(logs).where(logs.c.node == node).values(state=data))
+    if written.rowcount == 0:
+        await connection.execute(insert(logs).values(node=node, state=data))
 
 
 async def history(connection: AsyncConnection, node: str, limit: int) -> list[dict[str, Any]]:

@@ -1,11 +1,13 @@
 """Enrolment at the controller: who gets in, and what everyone else is told."""
 
+import asyncio
 import base64
 import datetime as dt
 from typing import Any
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -13,6 +15,7 @@ from agent.attest.enrolment import MAX_CERTIFICATE_BYTES, MAX_EK_CHAIN, JoinToke
 from agent.attest.measurement import model_entry
 from agent.attest.result import AttestationResult
 from agent.identity.token import parse_jwks
+from controller.cli.token import command as token_command
 from tests.support.attest import Attester, digest
 from tests.support.controller_service import controller_home, desk
 from tests.support.ek_chains import HOSTILE, ROOT, good
@@ -246,6 +249,28 @@ async def test_damaged_certificates_are_refusals(strict_office):
                 assert answer.status == 422, (at, await answer.text())
                 checks.add((await answer.json())["check"])
     assert checks == {"ek-certificate", "ek-chain"}
+
+
+async def test_a_revoked_token_enrols_nobody(office, config):
+    """Neither anew nor by an enrolment that has begun with it; a used or unknown one can't be revoked; each is on record."""
+    token, node = await office.token(), SoftwareNode(vendor=VENDOR)
+    challenge = await _challenge(office, node, token)
+    (config.parent / "admin" / "url").write_text(office.url)
+    arguments = ["revoke", token.id, "--admin", str(config.parent / "admin")]
+    revoked = await asyncio.to_thread(CliRunner().invoke, token_command, arguments)
+    assert (revoked.exit_code, revoked.output) == (0, f"{token.id}: revoked\n")
+    refused = await _post(office, f"/node/v1/enrol/{challenge.enrolment}", node.proof(challenge), 404)
+    assert refused["check"] == "no_enrolment"
+    refused = await _post(office, "/node/v1/enrol", node.request(token), 403)
+    assert refused["check"] == "join_token"
+    assert (await office.call("DELETE", f"/v1/tokens/{token.id}", expect=409))["check"] == "token_ended"
+    assert (await office.call("DELETE", "/v1/tokens/none", expect=404))["check"] == "no_token"
+    used = await office.token()
+    await node.enrol(office.anyone, office.url, used)
+    await office.call("DELETE", f"/v1/tokens/{used.id}", expect=409)
+    (record, *refusals) = await office.records("token.revoke")
+    assert (record["outcome"], record["detail"]["token"]) == ("ok", token.id)
+    assert [refusal["check"] for refusal in refusals] == ["token_ended", "no_token", "token_ended"]
 
 
 def _padding_at(der):

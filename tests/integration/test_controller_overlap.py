@@ -104,3 +104,15 @@ async def test_an_older_quote_is_not_put_over_a_newer(office, node):
     assert (await office.node("edge-1"))["status"] == "contraindicated"
     assert await changes(office) == ["affirming", "contraindicated"]
     assert len(node.results) == 1
+
+
+async def test_a_poll_of_who_was_released_is_not_put_over_who_came_instead(office, node):
+    """Another TPM has enrolled under the name meanwhile: the old node's appraisal is nobody's."""
+    poll = await begin(office, node, "edge-2", expect=409)
+    await office.call("DELETE", "/v1/nodes/edge-1")
+    other = SoftwareNode(vendor=VENDOR)
+    await other.enrol(office.anyone, office.url, await office.token(), mode="push", address=None)
+    node.given[0].set()
+    assert (await poll)["check"] == "overtaken"
+    assert (await office.node("edge-1"))["status"] == "affirming"
+    assert node.results == []
