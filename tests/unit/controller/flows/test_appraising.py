@@ -9,18 +9,9 @@ from controller.flows import appraising
 from controller.flows.appraising import Appraiser
 from controller.flows.approving import Approval, approve
 from controller.metrics import Figures
-from controller.settings import DatabaseSettings
-from controller.store.database import Database
 from controller.trust.authority import Authority
 
 DIGEST = "3" * 64
-
-
-@pytest.fixture
-async def database(tmp_path):
-    opened = await Database.open(DatabaseSettings(url=f"sqlite+aiosqlite:///{tmp_path / 'controller.db'}"))
-    yield opened
-    await opened.close()
 
 
 @pytest.fixture

@@ -1,31 +1,15 @@
 """Approvals while nodes are polled, on SQLite and on PostgreSQL."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
-
-import pytest
 
 from agent import clock
 from controller.flows.approving import Approval, approve
-from controller.settings import DatabaseSettings
 from controller.store import audit, fleet, schedule
 from controller.store.database import Database
 from controller.store.fleet import NewNode
 
 APPROVAL = Approval(policy="1" * 64, config="2" * 64, pcr=14)
 NODE = NewNode("edge-1", "default", {}, "pull", "192.0.2.7:8444", "e" * 64, b"ak", "5" * 64, {}, 2**52)
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
-    if request.param == "sqlite":
-        settings = DatabaseSettings(url=f"sqlite+aiosqlite:///{tmp_path / 'controller.db'}")
-    else:
-        settings = DatabaseSettings(url=request.getfixturevalue("postgres_url"))
-    opened = await Database.open(settings)
-    yield opened
-    await opened.close()
 
 
 async def test_an_approval_and_a_poll_that_is_kept_do_not_wait_for_each_other(database: Database) -> None:

@@ -1,8 +1,6 @@
 """The controller's audit log on SQLite and on PostgreSQL: proofs of any record in a tree of any size, and what they read."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,23 +10,11 @@ from sqlalchemy import Connection, event, select, text
 
 from agent.audit.merkle import inclusion_proof, leaf_hash, tree_root, verify_inclusion
 from agent.errors import PeerError
-from controller.settings import DatabaseSettings
 from controller.store import audit
 from controller.store import database as database_module
 from controller.store.database import Database
 from controller.store.schema import audit as records
 from controller.store.schema import audit_nodes
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
-    if request.param == "sqlite":
-        settings = DatabaseSettings(url=f"sqlite+aiosqlite:///{tmp_path / 'controller.db'}")
-    else:
-        settings = DatabaseSettings(url=request.getfixturevalue("postgres_url"))
-    opened = await Database.open(settings)
-    yield opened
-    await opened.close()
 
 
 async def append(database: Database, count: int = 1) -> None:

@@ -1,6 +1,5 @@
 """The database's opening: its tables, its lock, its failures, on SQLite and on PostgreSQL."""
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -17,17 +16,6 @@ from tests.support.postgres import PostgresServer
 
 def sqlite_settings(tmp_path: Path) -> DatabaseSettings:
     return DatabaseSettings(url=f"sqlite+aiosqlite:///{tmp_path / 'controller.db'}")
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
-    if request.param == "sqlite":
-        settings = sqlite_settings(tmp_path)
-    else:
-        settings = DatabaseSettings(url=request.getfixturevalue("postgres_url"))
-    opened = await Database.open(settings)
-    yield opened
-    await opened.close()
 
 
 def differences(connection: Connection) -> list[object]:

@@ -7,25 +7,13 @@ import pytest
 from sqlalchemy import select, update
 
 from agent.errors import PeerError
-from controller.settings import DatabaseSettings
 from controller.store import hooks, outbox
-from controller.store.database import Database
 from controller.store.outbox import Outcome
 from controller.store.schema import deliveries, events
 from controller.store.schema import hooks as rows
 
 NOW_US = 1_800_000_000_000_000
 URL = "https://receiver.example/events"
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-async def database(request, tmp_path):
-    url = f"sqlite+aiosqlite:///{tmp_path}/c.db"
-    opened = await Database.open(
-        DatabaseSettings(url=request.getfixturevalue("postgres_url") if request.param == "postgresql" else url)
-    )
-    yield opened
-    await opened.close()
 
 
 @pytest.mark.parametrize("size", [24, 32, 64])

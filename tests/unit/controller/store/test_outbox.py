@@ -2,8 +2,6 @@
 
 import base64
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 from sqlalchemy import Row, func, select
@@ -22,17 +20,6 @@ NOW_US = 1_800_000_000 * US
 LEASE_US = outbox.LEASE_S * US
 KIND = "node.status"
 URL = "https://receiver.example/events"
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
-    if request.param == "sqlite":
-        settings = DatabaseSettings(url=f"sqlite+aiosqlite:///{tmp_path / 'controller.db'}")
-    else:
-        settings = DatabaseSettings(url=request.getfixturevalue("postgres_url"))
-    opened = await Database.open(settings)
-    yield opened
-    await opened.close()
 
 
 async def add_hook(connection: AsyncConnection, *kinds: str) -> str:

@@ -15,16 +15,6 @@ HEARTBEAT_US = 5_000_000
 LATE_US = replicas.LOST_US + 1
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-async def database(request, tmp_path):
-    url = f"sqlite+aiosqlite:///{tmp_path}/c.db"
-    opened = await Database.open(
-        DatabaseSettings(url=request.getfixturevalue("postgres_url") if request.param == "postgresql" else url)
-    )
-    yield opened
-    await opened.close()
-
-
 @pytest.fixture
 def time(monkeypatch):
     """The database's clock, as a list of one number."""
