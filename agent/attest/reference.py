@@ -79,6 +79,11 @@ class ReferenceValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True, d
         return hashlib.sha256(self.encode()).hexdigest()
 
     @functools.cached_property
+    def withdrawn_digests(self) -> frozenset[str]:
+        """Digests of model files that must not be loaded any more."""
+        return frozenset(digest for digests in self.withdrawn.values() for digest in digests)
+
+    @functools.cached_property
     def known(self) -> Mapping[bytes, KnownEntry]:
         """The log's entries of approved model files by their bytes."""
         return known_models(self.models, self.measurement.pcr)

@@ -154,7 +154,7 @@ class Appraiser:
             build=_BUILD,
             checks=checks,
             interval_s=node.interval_s,
-            withdrawn=_withdrawn(reference),
+            withdrawn=reference.withdrawn_digests,
         )
         return Finding(appraised, appraisal, result)
 
@@ -220,7 +220,7 @@ class Appraiser:
             build=_BUILD,
             checks=msgspec.json.decode(row["checks"], type=tuple[CheckResult, ...]),
             interval_s=row["interval_s"],
-            withdrawn=_withdrawn(reference),
+            withdrawn=reference.withdrawn_digests,
         )
         return result.sign(self._authority.result_key, self._authority.result_kid)
 
@@ -233,10 +233,6 @@ async def _timed(evidence: bytes, expect: Expectation, work_bytes: int) -> tuple
         return appraise(evidence, expect), (time.perf_counter_ns() - began_ns) / 1e9
 
     return work() if work_bytes <= MAX_INLINE_BYTES else await asyncio.to_thread(work)
-
-
-def _withdrawn(reference: ReferenceValues) -> frozenset[str]:
-    return frozenset(digest for digests in reference.withdrawn.values() for digest in digests)
 
 
 def _tier_vector(status: str) -> dict[str, int]:

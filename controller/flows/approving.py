@@ -24,6 +24,7 @@ from agent import clock
 from agent.attest.evidence import HexDigest
 from agent.attest.measurement import ALLOWED_PCRS, ZERO_PCR
 from agent.attest.reference import BootRule, Measurement, PolicyReference, ReferenceValues
+from agent.attest.result import MAX_WITHDRAWN
 from agent.errors import PeerError
 from controller.store import audit, references, schedule
 from controller.store.database import Database
@@ -185,6 +186,16 @@ def _checked(values: ReferenceValues) -> ReferenceValues:
     return values
 
 
+def _tellable(values: ReferenceValues) -> ReferenceValues:
+    """Return them unless more is withdrawn than a node reads."""
+    if len(values.withdrawn_digests) > MAX_WITHDRAWN:
+        words = (
+            f"a result names at most {MAX_WITHDRAWN} withdrawn files: take the signer out of the nodes' trust instead"
+        )
+        raise PeerError(422, "too_many", words)
+    return values
+
+
 def _withdrawn(values: ReferenceValues | None, withdrawal: Withdrawal) -> tuple[ReferenceValues, str]:
     missing = PeerError(404, "not_approved", f"{withdrawal.kind} {withdrawal.what} is not approved")
     if values is None:
@@ -200,7 +211,7 @@ def _withdrawn(values: ReferenceValues | None, withdrawal: Withdrawal) -> tuple[
             withdrawn = values.withdrawn | {
                 path: values.withdrawn.get(path, frozenset()) | digests for path, digests in gone.items()
             }
-            changed = replace(values, models=models, withdrawn=withdrawn)
+            changed = _tellable(replace(values, models=models, withdrawn=withdrawn))
         case "config":
             if withdrawal.what not in values.configs:
                 raise missing

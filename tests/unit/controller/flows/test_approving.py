@@ -1,10 +1,16 @@
 """Approvals while nodes are polled, on SQLite and on PostgreSQL."""
 
 import asyncio
+import itertools
+
+import msgspec
+import pytest
 
 from agent import clock
-from controller.flows.approving import Approval, approve
-from controller.store import audit, fleet, schedule
+from agent.attest.result import MAX_WITHDRAWN
+from agent.errors import PeerError
+from controller.flows.approving import Approval, Withdrawal, approve, withdraw
+from controller.store import audit, fleet, references, schedule
 from controller.store.database import Database
 from controller.store.fleet import NewNode
 
@@ -23,3 +29,18 @@ async def test_an_approval_and_a_poll_that_is_kept_do_not_wait_for_each_other(da
         await asyncio.sleep(0.5)  # it has come as far as it can
         await audit.append(connection, audit.AuditEntry(kind="node.result", principal="controller"))
     assert (await approval).version == 2
+
+
+async def test_no_more_is_withdrawn_than_a_node_is_told(database: Database) -> None:
+    """A node refuses a result that names more: one withdrawal too many would take the trust of a whole fleet."""
+    digests = (f"{number:064x}" for number in itertools.count())
+    many = {f"m/1/{number}": digest for number, digest in zip(range(MAX_WITHDRAWN), digests, strict=False)}
+    await approve(database, "default", msgspec.structs.replace(APPROVAL, models=many), "admin", 3600)
+    await approve(database, "default", Approval(models={"m/2/model.onnx": next(digests)}), "admin", 3600)
+    await withdraw(database, "default", Withdrawal(kind="model", what="m/1"), "admin")
+    with pytest.raises(PeerError, match="at most 4096"):
+        await withdraw(database, "default", Withdrawal(kind="model", what="m/2"), "admin")
+    async with database.begin() as connection:
+        version, values = await references.current(connection, "default")
+    assert values is not None
+    assert (version, len(values.withdrawn_digests), list(values.models)) == (3, MAX_WITHDRAWN, ["m/2/model.onnx"])
