@@ -304,7 +304,7 @@ def report(sizes: tuple[int, ...], seconds: float) -> None:
             f"| {row.lag[1.0]:.1%} | {row.lag_p99_s():g} | {row.unreachable} |"
         )
     print(
-        "\n| nodes | enrolment, controller's CPU ms | database, bytes a node | growth a node and day | WAL a node and day |"
+        "\n| nodes | enrolment, controller's CPU ms | database, bytes a node | growth meanwhile, a node and day | WAL a node and day |"
     )
     print("| --- " * 5 + "|")
     for row in rows[::2]:
