@@ -43,6 +43,7 @@ HARD_TO_REACH = {
     "DELETE /v1/nodes/{node}",
     "DELETE /v1/admins/{name}",
     "DELETE /v1/hooks/{hook}",
+    "DELETE /v1/tokens/{token}",
 }
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 

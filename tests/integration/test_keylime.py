@@ -7,6 +7,7 @@ import socket
 import ssl
 
 import pytest
+from tpm2_pytss import ESAPI, TPM2_SU
 
 from agent.attest.measurement import boot_aggregate
 from tests.support.keylime import Keylime
@@ -68,6 +69,9 @@ def tpm(vendor):
     tpm, _ = vendor
     tpm.start()
     yield tpm
+    # In order, as a kernel does it: after a loss of power the clock would be unsafe for the next test, and Keylime refuses such a quote.
+    with ESAPI(tpm.tcti) as esys:
+        esys.shutdown(TPM2_SU.CLEAR)
     tpm.stop()
 
 
